@@ -6,11 +6,13 @@ The text under each field is written once, here; ``fslora init`` and the docs pr
 from __future__ import annotations
 
 import difflib
+import textwrap
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+import tomlkit
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
@@ -374,3 +376,47 @@ def _known_keys(location: tuple[int | str, ...], fields: Mapping[str, Any]) -> l
         table = table.model_fields[str(part)].annotation
         extra = []
     return sorted([*table.model_fields, *extra])
+
+
+def to_toml(experiment: Experiment) -> str:
+    """Returns the resolved experiment as TOML; ``load`` gives back an equal one."""
+    return tomlkit.dumps(_without_none(experiment.model_dump(mode="json")))
+
+
+def commented_toml(experiment: Experiment) -> str:
+    """Returns an experiment as TOML with every key's own description above it."""
+    document = tomlkit.document()
+    values = _without_none(experiment.model_dump(mode="json"))
+    for name in type(experiment).model_fields:
+        section = getattr(experiment, name)
+        if isinstance(section, BaseModel):
+            document[name] = _commented_table(section, values[name])
+    if values.get("variants"):
+        document["variants"] = values["variants"]
+    return tomlkit.dumps(document)
+
+
+def _commented_table(section: BaseModel, values: Mapping[str, Any]) -> Any:
+    table = tomlkit.table()
+    if isinstance(section, Method):
+        table.add(tomlkit.comment(f"{section.paper}; its keys are those of this method."))
+        table["name"] = values["name"]
+    for key, info in type(section).model_fields.items():
+        value = getattr(section, key)
+        if isinstance(value, BaseModel):
+            table[key] = _commented_table(value, values[key])
+            continue
+        for line in textwrap.wrap(info.description or "", 100):
+            table.add(tomlkit.comment(line))
+        if value is None:
+            table.add(tomlkit.comment(f"{key} = ..."))
+        else:
+            table[key] = values[key]
+    return table
+
+
+def _without_none(value: Any) -> Any:
+    """TOML has no null: keys that are None are left out, and their defaults are None again."""
+    if isinstance(value, Mapping):
+        return {key: _without_none(entry) for key, entry in value.items() if entry is not None}
+    return value

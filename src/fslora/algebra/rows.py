@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -87,6 +86,6 @@ class ScatterMean:
         return torch.where(held > 0, held, 1.0).unsqueeze(1)
 
 
-def holders(rows: Mapping[str, Tensor], rank: int) -> Tensor:
-    """Returns, for each of the ``rank`` parts, in how many layers ``rows`` holds it: int64 [r]."""
-    return torch.cat(list(rows.values())).long().bincount(minlength=rank)
+def holders(rows: Rows, rank: int) -> Tensor:
+    """Returns which of the ``rank`` parts ``rows`` holds in which layer: int64 [layers r], of 0 and 1."""
+    return torch.stack([torch.bincount(index.long(), minlength=rank) for index in rows.values()])

@@ -59,7 +59,7 @@ def _adam(state: ServerState, delta: Adapter, server: ServerOptimizer) -> Server
     def update(x: Tensor, m: Tensor, v: Tensor) -> Tensor:
         m_hat = m / (1 - server.beta1**step)
         v_hat = v / (1 - server.beta2**step)
-        return x * decay + server.lr * m_hat / (torch.sqrt(v_hat) + server.eps)
+        return torch.add(x * decay, m_hat / (v_hat.sqrt() + server.eps), alpha=server.lr)
 
     return ServerState(
         adapter=combine(update, state.adapter, first, second),

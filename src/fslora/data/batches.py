@@ -1,0 +1,99 @@
+"""Tokens and batches: every text is tokenised once; batches are padded to their own longest text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fslora.data.types import Examples
+from fslora.rng import Rng
+from fslora.types import Batch, Tensor
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A split as token ids."""
+
+    fields: dict[str, list[list[int]]]
+    """Tokenizer field (``input_ids``, ``token_type_ids``) → one list of ids per example."""
+    labels: np.ndarray
+    """int64 [n]."""
+    truncated: int
+    """How many texts were longer than the limit and were cut."""
+    pad_id: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens per example, int64 [n]."""
+        return np.array([len(ids) for ids in self.fields["input_ids"]], dtype=np.int64)
+
+    def take(self, index: np.ndarray) -> Encoded:
+        """Returns the examples of ``index`` as a split of their own."""
+        fields = {name: [lists[i] for i in index] for name, lists in self.fields.items()}
+        return Encoded(fields, self.labels[index], 0, self.pad_id)
+
+    def batch(self, index: Sequence[int] | np.ndarray) -> Batch:
+        """Returns the examples of ``index`` as tensors [b t], padded on the right to the longest of them."""
+        width = max(len(self.fields["input_ids"][i]) for i in index)
+        shape = (len(index), width)
+        tensors = {"attention_mask": torch.zeros(shape, dtype=torch.long)}
+        for name, lists in self.fields.items():
+            filled = torch.full(shape, self.pad_id if name == "input_ids" else 0, dtype=torch.long)
+            for row, i in enumerate(index):
+                filled[row, : len(lists[i])] = torch.tensor(lists[i])
+                tensors["attention_mask"][row, : len(lists[i])] = 1
+            tensors[name] = filled
+        tensors["labels"] = torch.from_numpy(self.labels[np.asarray(index)])
+        return tensors
+
+
+def encode(examples: Examples, tokenizer: Any, max_length: int) -> Encoded:
+    """Returns the examples as token ids, cut to ``max_length`` tokens; how many were cut is counted."""
+    if len(examples) == 0:
+        return Encoded({"input_ids": []}, examples.labels, 0, tokenizer.pad_token_id)
+    pairs = None if examples.pairs is None else list(examples.pairs)
+    kwargs: dict[str, Any] = {"add_special_tokens": True, "return_attention_mask": False, "verbose": False}
+    whole = tokenizer(list(examples.texts), pairs, **kwargs)
+    cut = sum(len(ids) > max_length for ids in whole["input_ids"])
+    if cut:
+        whole = tokenizer(list(examples.texts), pairs, truncation=True, max_length=max_length, **kwargs)
+    return Encoded(dict(whole), examples.labels, cut, tokenizer.pad_token_id)
+
+
+def local_batches(
+    lengths: np.ndarray, index: np.ndarray, batch_size: int, steps: int | None, epochs: int | None, rng: Rng
+) -> list[np.ndarray]:
+    """Returns the example indices of one client's local steps in one round.
+
+    Examples are drawn without replacement, pass after pass. The round's draw is then sorted by length and cut
+    into batches of similar lengths, which are visited in an order that ``rng``'s round shares between
+    clients: concurrent clients train on texts of similar length, so little is padding.
+
+    Args:
+        lengths: Tokens per example of the whole split, [n].
+        index: The client's own examples.
+        batch_size: Examples per step; a client that holds fewer uses all it has.
+        steps: Local steps; or None with ``epochs``.
+        epochs: Passes over ``index``.
+        rng: The client's stream of this round.
+    """
+    size = min(batch_size, len(index))
+    count = steps if steps is not None else max(1, epochs or 1) * -(-len(index) // size)
+    needed = count * size if steps is not None else (epochs or 1) * len(index)
+    passes = -(-needed // len(index))
+    stream = rng.numpy()
+    drawn = np.concatenate([stream.permutation(index) for _ in range(passes)])[:needed]
+    ordered = drawn[np.argsort(lengths[drawn], kind="stable")]
+    return np.array_split(ordered, count)
+
+
+def length_order(count: int, rng: Rng) -> Tensor:
+    """Returns the order in which a round visits ``count`` batches of rising length; shared by its clients."""
+    return torch.randperm(count, generator=rng.torch())

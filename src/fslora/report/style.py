@@ -1,0 +1,192 @@
+"""What all figures share: colours, fonts, client order, and saving. Never pyplot, never a lasting setting."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, wraps
+from math import isfinite
+from typing import ParamSpec, TypeVar
+
+import matplotlib
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, to_hex
+from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from fslora.report.read import RunRecord, Scores
+from fslora.report.text import plain
+from fslora.types import Client
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+INK, MUTED, GRID = "#1f2933", "#5f6b7a", "#e3e8ee"
+MAIN = "#0072b2"
+CATEGORIES = (MAIN, "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#8c8c8c")
+"""Okabe and Ito's colours, which people with any usual colour vision can tell apart."""
+_RUNS = (MAIN, "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_LINES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5)))
+_MARKERS = "osD^vP"
+
+_STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9.0,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.titlepad": 8.0,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": "#9aa5b1",
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+    "svg.hashsalt": "fslora",
+    "hatch.linewidth": 0.6,
+}
+_RANKS = LinearSegmentedColormap.from_list("ranks", ["#f2c14e", "#5aae8c", "#2a6f97", "#2d1e5f"])
+
+
+@dataclass(frozen=True)
+class RunStyle:
+    """How one run is drawn, in every figure."""
+
+    label: str
+    colour: str
+    line: str | tuple[int, tuple[float, ...]]
+    marker: str
+
+
+def styled(draw: Callable[P, R]) -> Callable[P, R]:
+    """Returns ``draw`` under the report's settings, whatever the user's own matplotlib settings are."""
+
+    @wraps(draw)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> R:
+        with style.context(["default", _STYLE]):
+            return draw(*args, **kwargs)
+
+    return drawn
+
+
+@styled
+def save(figure: Figure, form: str) -> bytes:
+    """Returns the figure as a file: ``svg`` (the same bytes each time) or ``png`` (200 dots per inch)."""
+    buffer = io.BytesIO()
+    metadata = {"Date": None} if form == "svg" else {"Software": None}
+    figure.savefig(buffer, format=form, dpi=200, metadata=metadata)
+    return buffer.getvalue()
+
+
+def run_styles(records: Sequence[RunRecord]) -> list[RunStyle]:
+    """Returns one style per run, by position: the first is the main run."""
+    return [
+        RunStyle(
+            label(record.name, 40),
+            _RUNS[position % len(_RUNS)],
+            _LINES[position // len(_RUNS) % len(_LINES)],
+            _MARKERS[position % len(_MARKERS)],
+        )
+        for position, record in enumerate(records)
+    ]
+
+
+def rank_colours(fleet: Sequence[Client]) -> dict[int, str]:
+    """Returns a colour per rank of the fleet, light for low and dark for high."""
+    ranks = sorted({client.rank for client in fleet})
+    last = max(1, len(ranks) - 1)
+    return {
+        rank: to_hex(_RANKS(position / last if len(ranks) > 1 else 0.6))
+        for position, rank in enumerate(ranks)
+    }
+
+
+def by_rank(fleet: Sequence[Client]) -> list[int]:
+    """Returns positions in the fleet by increasing rank, then id: the order of clients in every figure."""
+    return sorted(range(len(fleet)), key=lambda position: (fleet[position].rank, fleet[position].id))
+
+
+def label(text: object, limit: int = 28) -> str:
+    """Returns text that a figure can draw: one line, known glyphs, and no formula however many dollars."""
+    known = _glyphs()
+    line = "".join(char if ord(char) in known else "□" for char in plain(text, limit))
+    line = line.replace("$", r"\$")
+    return f" {line}" if line.startswith("_") else line
+
+
+def rank_panel(axes: Axes, fleet: Sequence[Client], order: Sequence[int]) -> None:
+    """Draws each client's rank as a bar in the rank's colour, to stand above a panel of the same clients."""
+    colours = rank_colours(fleet)
+    ranks = [fleet[position].rank for position in order]
+    axes.bar(range(len(order)), ranks, width=bar_width(len(order)), color=[colours[rank] for rank in ranks])
+    axes.set_ylim(0, max(ranks) * 1.1)
+    axes.set_ylabel("rank")
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=3, integer=True))
+    axes.tick_params(axis="x", length=0, labelbottom=False)
+    axes.grid(visible=False, axis="x")
+
+
+def client_axis(axes: Axes, fleet: Sequence[Client], order: Sequence[int]) -> None:
+    """Labels the shared axis of clients: with ids while they are legible."""
+    axes.set_xlim(-0.7, len(order) - 0.3)
+    axes.grid(visible=False, axis="x")
+    if len(order) <= 60:
+        size, turned = (8, 0) if len(order) <= 32 else (6.5, 90)
+        axes.set_xticks(range(len(order)), [str(fleet[position].id) for position in order])
+        axes.tick_params(axis="x", labelsize=size, labelrotation=turned, length=0)
+        axes.set_xlabel("client id, by increasing rank")
+    else:
+        axes.set_xticks([])
+        axes.set_xlabel(f"{len(order)} clients, by increasing rank, then id")
+
+
+def bar_width(bars: int) -> float:
+    """Returns the width of one bar: touching where there are many."""
+    return 0.8 if bars <= 80 else 1.0
+
+
+def score(scores: Scores | None, metric: str) -> float | None:
+    """Returns one finite score, or None."""
+    value: float | None = getattr(scores, metric) if scores else None
+    return value if value is not None and isfinite(value) else None
+
+
+def line(
+    axes: Axes,
+    look: RunStyle,
+    curve: tuple[Sequence[float], Sequence[float]],
+    name: str = "",
+    *,
+    marked: bool = True,
+) -> Line2D:
+    """Draws one run's curve in its style and returns it for the legend."""
+    marker = look.marker if marked and len(curve[0]) <= 40 else ""
+    line = axes.plot(
+        *curve, color=look.colour, linestyle=look.line, marker=marker, markersize=4, linewidth=1.6
+    )[0]
+    line.set_label(name)
+    return line
+
+
+def legend_above(figure: Figure, handles: Sequence[Line2D]) -> None:
+    """Puts the legend above all panels, where it covers no data."""
+    columns = 1 if any(len(str(handle.get_label())) > 60 for handle in handles) else min(len(handles), 3)
+    figure.legend(handles=list(handles), loc="outside upper left", ncols=columns)
+
+
+@cache
+def _glyphs() -> frozenset[int]:
+    with matplotlib.rc_context({"font.family": "DejaVu Sans"}):
+        return frozenset(get_font(findfont("DejaVu Sans")).get_charmap())

@@ -1,0 +1,357 @@
+"""The report's tables: plain rows first, then the same rows for the terminal, Markdown or a page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from fslora.report.read import Baseline, DataRecord, RunRecord, Scores
+from fslora.report.text import (
+    NONE,
+    byte_text,
+    count,
+    decimal,
+    duration,
+    margin95,
+    percent,
+    plain,
+    points,
+    span,
+)
+
+Row = dict[str, Any]
+"""Column key → a JSON value, never formatted; None where there is no value."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """How one key of the rows is shown."""
+
+    key: str
+    title: str
+    show: Callable[[Any], str] = plain
+    number: bool = True
+    """Whether the column is aligned to the right."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows and how to show them."""
+
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+
+    def cells(self) -> list[list[str]]:
+        """Returns the formatted rows."""
+        return [[_cell(column, row) for column in self.columns] for row in self.rows]
+
+    def compact(self) -> Table:
+        """Returns the table without the columns that no row has a value for."""
+        used = tuple(
+            column for column in self.columns if any(row.get(column.key) is not None for row in self.rows)
+        )
+        return Table(self.title, used, self.rows)
+
+    def dicts(self) -> list[Row]:
+        """Returns the rows for JSON."""
+        return [dict(row) for row in self.rows]
+
+    def rich(self) -> RichTable:
+        """Returns the table for the terminal; no cell is read as markup."""
+        table = RichTable(title=Text(self.title), title_justify="left", title_style="bold")
+        for column in self.columns:
+            table.add_column(Text(column.title), justify="right" if column.number else "left")
+        for cells in self.cells():
+            table.add_row(*(Text(cell) for cell in cells))
+        return table
+
+    def markdown(self) -> str:
+        """Returns the table as Markdown (GitHub's), without its title."""
+        lines = ["| " + " | ".join(_escaped(column.title) for column in self.columns) + " |"]
+        lines.append("| " + " | ".join("---:" if column.number else "---" for column in self.columns) + " |")
+        lines += ["| " + " | ".join(_escaped(cell) for cell in cells) + " |" for cells in self.cells()]
+        return "\n".join(lines) + "\n"
+
+
+def closing_table(records: Sequence[RunRecord]) -> Table:
+    """Returns one row per run, and one per frozen-base reference, which is there once per data set."""
+    references: list[tuple[Baseline, int | None]] = []
+    for record in records:
+        reference = (record.baseline, _test_examples(record)) if record.baseline else None
+        if reference and reference not in references:
+            references.append(reference)
+    rows = [_run_row(record) for record in records]
+    rows += [_baseline_row(baseline, examples) for baseline, examples in references]
+    pending = any(row["test_after"] is None for row in rows)
+    columns = [column for column in _CLOSING if pending or column.key != "validation"]
+    return Table("Runs", tuple(columns), tuple(rows)).compact()
+
+
+def fleet_table(data: DataRecord, top: int = 3) -> Table:
+    """Returns one row per client: rank, examples, and its most frequent classes.
+
+    Args:
+        data: The data record.
+        top: Classes to name per client.
+    """
+    partition = data.partition
+    rows: list[Row] = []
+    for position, client in enumerate(data.fleet):
+        counts = partition.label_counts[position] if partition.label_counts else ()
+        rows.append(
+            {
+                "client": client.id,
+                "rank": client.rank,
+                "examples": client.examples,
+                "holdout": partition.holdout[position] if partition.holdout else None,
+                "classes": sum(number > 0 for number in counts) if counts else None,
+                "top": _top_classes(data, counts, top) if counts else None,
+            }
+        )
+    columns = (
+        Column("client", "client"),
+        Column("rank", "rank"),
+        Column("examples", "training examples", count),
+        Column("holdout", "own test", count),
+        Column("classes", "classes held", count),
+        Column("top", "most frequent classes", _top_text, number=False),
+    )
+    return Table("Clients", columns, tuple(rows)).compact()
+
+
+def class_table(data: DataRecord) -> Table:
+    """Returns one row per class: examples, clients that hold it, and the share of the largest holder."""
+    counts = data.partition.label_counts
+    classes = max((len(row) for row in counts), default=0)
+    rows: list[Row] = []
+    everything = sum(map(sum, counts))
+    for label in range(classes):
+        held = [row[label] if label < len(row) else 0 for row in counts]
+        rows.append(
+            {
+                "class": label_name(data, label),
+                "examples": sum(held),
+                "share": sum(held) / everything if everything else None,
+                "clients": sum(number > 0 for number in held),
+                "largest": max(held) / sum(held) if sum(held) else None,
+            }
+        )
+    columns = (
+        Column("class", "class", number=False),
+        Column("examples", "examples at clients", count),
+        Column("share", "share", percent),
+        Column("clients", "clients that hold it", count),
+        Column("largest", "largest holder has", percent),
+    )
+    return Table("Classes", columns, tuple(rows)).compact()
+
+
+def statistics_table(data: DataRecord) -> Table:
+    """Returns what is known of the data and its partition, one fact a row."""
+    facts: list[tuple[str, object]] = [("data set", data.name), ("classes", len(data.label_names) or None)]
+    facts += [(f"{split} examples", number) for split, number in data.examples.items()]
+    facts += [("texts cut at the longest length", data.truncated)]
+    facts += list(_flat(data.statistics))
+    facts += [("partition", data.partition.kind), ("partition digest", data.partition.digest or None)]
+    facts += [(f"partition {key}", value) for key, value in _flat(data.partition.notes)]
+    rows = tuple({"fact": name, "value": value} for name, value in facts if value is not None)
+    return Table(
+        "Data", (Column("fact", "", number=False), Column("value", "", fact_text, number=False)), rows
+    )
+
+
+def clients_table(record: RunRecord) -> Table:
+    """Returns one row per client: rounds taken part in, bytes, last loss, and accuracy on its own test."""
+    scores = {entry.id: entry for entry in record.summary.clients} if record.summary else {}
+    rows: list[Row] = []
+    for client in record.fleet:
+        before = _accuracy(scores[client.id].before) if client.id in scores else None
+        after = _accuracy(scores[client.id].after) if client.id in scores else None
+        losses = [row.client_loss[client.id] for row in record.rounds if client.id in row.client_loss]
+        rows.append(
+            {
+                "client": client.id,
+                "rank": client.rank,
+                "examples": client.examples,
+                "rounds": sum(client.id in row.clients for row in record.rounds),
+                "bytes_down": sum(row.client_bytes_down.get(client.id, 0) for row in record.rounds),
+                "bytes_up": sum(row.client_bytes_up.get(client.id, 0) for row in record.rounds),
+                "loss": _finite(losses[-1]) if losses else None,
+                "before": before,
+                "after": after,
+                "gain": after - before if after is not None and before is not None else None,
+            }
+        )
+    return Table("Clients", _CLIENTS, tuple(rows)).compact()
+
+
+def dropped_table(records: Sequence[RunRecord]) -> Table:
+    """Returns one row per update that the server refused."""
+    rows = tuple(
+        {"run": record.name, "round": row.round, "client": client, "reason": reason}
+        for record in records
+        for row in record.rounds
+        for client, reason in sorted(row.dropped.items())
+    )
+    columns = (
+        Column("run", "run", number=False),
+        Column("round", "round"),
+        Column("client", "client"),
+        Column("reason", "reason", lambda text: plain(text, 200), number=False),
+    )
+    return Table("Refused updates", columns, rows)
+
+
+def label_name(data: DataRecord, label: int) -> str:
+    """Returns the class's name, or its number where it has none."""
+    return data.label_names[label] if label < len(data.label_names) else f"class {label}"
+
+
+def trained_ranks(record: RunRecord) -> list[int]:
+    """Returns the ranks that clients trained, one entry per client where that is known.
+
+    The rows say it where they record it. Otherwise: when every rank index was held by the whole cohort, the
+    rank is the number of indices; a ``method.rank`` of the experiment binds all clients; else the fleet's.
+    """
+    recorded = {client: rank for row in record.rounds for client, rank in row.client_ranks.items()}
+    if recorded:
+        return list(recorded.values())
+    covered = [
+        row for row in record.rounds if row.coverage and row.layers and row.clients and not row.dropped
+    ]
+    if covered and all(set(row.coverage or ()) == {len(row.clients) * row.layers} for row in covered):
+        return sorted({len(row.coverage or ()) for row in covered})
+    fleet = [client.rank for client in record.fleet]
+    rank = record.setting("method", "rank")
+    if rank == "server":
+        rank = record.setting("adapter", "rank")
+    elif rank == "smallest":
+        rank = min(fleet, default=None)
+    return [rank] if isinstance(rank, int) else fleet
+
+
+def last_validation(record: RunRecord) -> float | None:
+    """Returns the newest validation accuracy."""
+    accuracies = [_accuracy(row.validation) for row in record.rounds]
+    return next((accuracy for accuracy in reversed(accuracies) if accuracy is not None), None)
+
+
+def fact_text(value: object) -> str:
+    """Returns a fact of unknown kind as a reader would write it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return count(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, (list, tuple)):
+        return plain(", ".join(fact_text(entry) for entry in value), 200)
+    return plain(value, 200)
+
+
+def _run_row(record: RunRecord) -> Row:
+    summary, rounds = record.summary, record.rounds
+    examples = _test_examples(record)
+    after = _accuracy(summary.test.after) if summary else None
+    down, up = (summary.bytes_down, summary.bytes_up) if summary else (None, None)
+    seconds = summary.seconds if summary else None
+    return {
+        "run": record.name,
+        "method": record.method,
+        "ranks": span(trained_ranks(record)) if record.fleet or rounds else None,
+        "rounds": _rounds_text(record),
+        "validation": last_validation(record),
+        "test_before": _accuracy(summary.test.before) if summary else None,
+        "test_after": after,
+        "margin": margin95(after, examples),
+        "bytes_down": sum(row.bytes_down for row in rounds) if down is None else down,
+        "bytes_up": sum(row.bytes_up for row in rounds) if up is None else up,
+        "seconds": sum(row.seconds for row in rounds) if seconds is None else seconds,
+        "adapter_parameters": summary.adapter_parameters if summary else None,
+    }
+
+
+def _baseline_row(baseline: Baseline, examples: int | None) -> Row:
+    row: Row = dict.fromkeys(column.key for column in _CLOSING)
+    accuracy = _accuracy(baseline.test)
+    values = {"test_after": accuracy, "margin": margin95(accuracy, examples)}
+    return row | values | {"run": baseline.name, "validation": _accuracy(baseline.validation)}
+
+
+def _rounds_text(record: RunRecord) -> str:
+    done, planned = record.rounds_done, record.rounds_planned
+    return str(done) if planned is None or record.finished or done == planned else f"{done} of {planned}"
+
+
+def _test_examples(record: RunRecord) -> int | None:
+    return record.data.examples.get("test") if record.data else None
+
+
+def _accuracy(scores: Scores | None) -> float | None:
+    return _finite(scores.accuracy) if scores else None
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and isfinite(value) else None
+
+
+def _top_classes(data: DataRecord, counts: Sequence[int], top: int) -> list[Row]:
+    order = sorted((label for label, number in enumerate(counts) if number), key=lambda label: -counts[label])
+    total = sum(counts)
+    return [{"class": label_name(data, label), "share": counts[label] / total} for label in order[:top]]
+
+
+def _top_text(classes: list[Row]) -> str:
+    return ", ".join(f"{plain(entry['class'], 30)} {percent(entry['share'], 0)}" for entry in classes)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in values.items():
+        name = f"{prefix}{key}".replace("_", " ")
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{name}: ")
+        else:
+            yield name, value
+
+
+def _cell(column: Column, row: Row) -> str:
+    value = row.get(column.key)
+    return NONE if value is None else column.show(value)
+
+
+def _escaped(cell: str) -> str:
+    return "".join(f"\\{char}" if char in "\\`*_[]<>|#~" else char for char in cell)
+
+
+_CLOSING = (
+    Column("run", "run", number=False),
+    Column("method", "method", number=False),
+    Column("ranks", "client ranks"),
+    Column("rounds", "rounds"),
+    Column("validation", "validation, newest", percent),
+    Column("test_before", "test before", percent),
+    Column("test_after", "test after", percent),
+    Column("margin", "± (95 %)", lambda share: f"{100 * share:.1f}"),
+    Column("bytes_down", "down", byte_text),
+    Column("bytes_up", "up", byte_text),
+    Column("seconds", "time", duration),
+    Column("adapter_parameters", "adapter parameters", count),
+)
+_CLIENTS = (
+    Column("client", "client"),
+    Column("rank", "rank"),
+    Column("examples", "training examples", count),
+    Column("rounds", "rounds", count),
+    Column("bytes_down", "down", byte_text),
+    Column("bytes_up", "up", byte_text),
+    Column("loss", "last local loss", decimal),
+    Column("before", "own test before", percent),
+    Column("after", "own test after", percent),
+    Column("gain", "gain, points", points),
+)

@@ -1,0 +1,188 @@
+"""The run folder: everything a run leaves behind, written so that a crash never damages what is there.
+
+    experiment.toml  environment.json  data.json  baseline.json  metrics.jsonl  summary.json
+    checkpoints/round-000012/{state.safetensors, state.json}   adapter/   report.html   variants/NAME/...
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from fslora.errors import ArtifactError
+from fslora.types import Adapter, LoRA, ServerState, Tensor
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A folder for one run; its variants have folders of the same form inside it."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: Path) -> RunFolder:
+        """Returns a new, empty and writable run folder.
+
+        Raises:
+            ArtifactError: The folder exists with something in it, or cannot be written.
+        """
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            occupied = any(path.iterdir())
+            with tempfile.NamedTemporaryFile(dir=path):
+                pass
+        except OSError as error:
+            raise ArtifactError(f"{path} cannot be written: {error}. Choose another folder with --out") from None
+        if occupied:
+            raise ArtifactError(f"{path} is not empty; `fslora resume {path}` continues it, --out starts elsewhere")
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """Returns an existing run folder, or raises ArtifactError when this is none."""
+        if not (path / "experiment.toml").is_file():
+            raise ArtifactError(f"{path} is no run folder (it holds no experiment.toml); `fslora run` makes one")
+        return cls(path)
+
+    def variant(self, name: str) -> RunFolder:
+        """Returns the folder of a variant, made if it is not there."""
+        path = self.path / "variants" / name
+        path.mkdir(parents=True, exist_ok=True)
+        return RunFolder(path)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Replaces a file as a whole."""
+        target = self.path / name
+        try:
+            with tempfile.NamedTemporaryFile("w", dir=self.path, delete=False, encoding="utf-8") as file:
+                file.write(text)
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, target)
+        except OSError as error:
+            Path(file.name).unlink(missing_ok=True)
+            raise ArtifactError(f"{target} cannot be written: {error}. What was written before is intact") from None
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Replaces a JSON file as a whole."""
+        self.write_text(name, json.dumps(value, indent=2) + "\n")
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """Returns a JSON file's content, or None when it is not there."""
+        path = self.path / name
+        if not path.is_file():
+            return None
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"{path} is damaged: {error}. Delete it to have it made again") from None
+        assert isinstance(content, dict)
+        return content
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """Adds one line to metrics.jsonl."""
+        try:
+            with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise ArtifactError(f"{self.path}/metrics.jsonl cannot be written: {error}") from None
+
+    def metrics(self, up_to: int | None = None) -> list[dict[str, Any]]:
+        """Returns the rows up to a round; a last line that a crash cut short is left out."""
+        path = self.path / "metrics.jsonl"
+        rows = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+        return [row for row in rows if up_to is None or row["round"] <= up_to]
+
+    def rewind(self, round_number: int) -> list[dict[str, Any]]:
+        """Drops the rows after a round, and returns those that stay."""
+        rows = self.metrics(round_number)
+        self.write_text("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        return rows
+
+    def save_checkpoint(self, round_number: int, state: ServerState) -> None:
+        """Writes the server state after ``round_number`` rounds, then removes older checkpoints."""
+        folder = self.path / "checkpoints"
+        final = folder / f"round-{round_number:06d}"
+        partial = folder / f".partial-{round_number:06d}"
+        tensors, description = flatten(state)
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            save_file(tensors, partial / "state.safetensors")
+            (partial / "state.json").write_text(
+                json.dumps({"format": FORMAT, "round": round_number, **description}, indent=1), encoding="utf-8"
+            )
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise ArtifactError(
+                f"{final} cannot be written: {error}. Earlier checkpoints are intact; make room, then "
+                f"`fslora resume {self.path}`"
+            ) from None
+        for old in self._checkpoints():
+            if old != final:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def load_checkpoint(self) -> tuple[int, ServerState] | None:
+        """Returns (rounds done, state) of the newest checkpoint, or None when there is none."""
+        found = self._checkpoints()
+        if not found:
+            return None
+        try:
+            description = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
+            if description["format"] != FORMAT:
+                raise ArtifactError(
+                    f"{found[-1]} has format {description['format']}; this fslora reads format {FORMAT}"
+                )
+            tensors = load_file(found[-1] / "state.safetensors")
+            return int(description["round"]), unflatten(tensors, description)
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
+            if isinstance(error, ArtifactError):
+                raise
+            raise ArtifactError(f"{found[-1]} is damaged: {error!r}. Delete it and run `fslora resume`") from None
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted((self.path / "checkpoints").glob("round-*"))
+
+
+def flatten(state: ServerState) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Returns a state as (named tensors, JSON description); ``unflatten`` is its inverse."""
+    parts = {"adapter": state.adapter, **{f"slot.{name}": slot for name, slot in state.slots.items()}}
+    tensors = {
+        f"{part}|{name}": tensor.contiguous()
+        for part, adapter in parts.items()
+        for name, tensor in adapter.tensors().items()
+    }
+    scales = {part: {name: pair.scale for name, pair in a.layers.items()} for part, a in parts.items()}
+    dense = {part: list(adapter.dense) for part, adapter in parts.items()}
+    return tensors, {"scales": scales, "dense": dense, "scalars": dict(state.scalars)}
+
+
+def unflatten(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> ServerState:
+    """Returns the state that ``flatten`` took apart."""
+    adapters = {}
+    for part, scales in description["scales"].items():
+        layers = {
+            name: LoRA(tensors[f"{part}|{name}:A"], tensors[f"{part}|{name}:Bt"], scale)
+            for name, scale in scales.items()
+        }
+        adapters[part] = Adapter(layers, {n: tensors[f"{part}|{n}:dense"] for n in description["dense"][part]})
+    adapter = adapters.pop("adapter")
+    slots = {name.removeprefix("slot."): slot for name, slot in adapters.items()}
+    return ServerState(adapter, slots, description["scalars"])

@@ -1,0 +1,268 @@
+"""A whole experiment: baseline, the main run, its variants, adapters, page. Stopping it loses nothing."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+import fslora
+from fslora.baseline import frozen_baseline
+from fslora.config import Experiment, load, to_toml
+from fslora.evaluate import Predictions, predict
+from fslora.export import export_peft
+from fslora.prepare import Federation, Workshop
+from fslora.runfolder import RunFolder
+from fslora.simulate import Simulation, Watcher
+from fslora.types import Adapter, ServerState
+
+
+class Stage(Protocol):
+    """Where a command shows what it is doing."""
+
+    def note(self, text: str) -> None:
+        """A line for the user."""
+
+    def rounds(self, name: str, done: int, total: int) -> AbstractContextManager[Watcher]:
+        """Opens the progress of one run's rounds."""
+
+
+def start(experiment: Experiment, path: Path, stage: Stage) -> RunFolder:
+    """Returns the folder of a new run after carrying it out; ``resume`` does the same for one that exists.
+
+    Raises:
+        FsloraError: Anything that makes the run impossible; data, ranks and folder are checked before the model
+            is loaded, and the model before anything is trained.
+    """
+    workshop = Workshop()
+    workshop.sites(experiment)
+    folder = RunFolder.create(path)
+    folder.write_text("experiment.toml", to_toml(experiment))
+    folder.write_json("environment.json", environment())
+    carry_out(experiment, folder, workshop, stage)
+    return folder
+
+
+def resume(path: Path, stage: Stage) -> RunFolder:
+    """Returns the folder of a run after carrying out what was not yet done in it."""
+    folder = RunFolder.open(path)
+    experiment = load(path / "experiment.toml")
+    carry_out(experiment, folder, Workshop(), stage)
+    return folder
+
+
+def carry_out(experiment: Experiment, folder: RunFolder, workshop: Workshop, stage: Stage) -> None:
+    """Does whatever of the experiment is not yet in its folder, and writes the page after each part."""
+    federation = workshop.federation(experiment)
+    folder.write_json("data.json", federation.sites.describe(federation.truncated))
+    _explain(federation, stage)
+    if folder.read_json("baseline.json") is None:
+        stage.note("Fitting the baseline: a linear head on the frozen base ...")
+        splits = (federation.train, federation.validation, federation.test)
+        folder.write_json("baseline.json", frozen_baseline(federation.base, *splits, federation.rng.child("baseline")))
+    try:
+        before = _run_one(federation, folder, experiment.method.name, None, stage)
+        for name in experiment.variants:
+            varied = experiment.variant(name)
+            inside = folder.variant(name)
+            if (inside.read_json("summary.json") or {}).get("finished"):
+                continue
+            inside.write_text("experiment.toml", to_toml(varied))
+            _run_one(workshop.federation(varied), inside, name, before, stage)
+    finally:
+        write_report(folder)
+
+
+def write_report(folder: RunFolder) -> Path:
+    """Writes the page, figures and tables of a run folder."""
+    from fslora.report import write_page
+
+    return write_page(folder.path)
+
+
+def _run_one(
+    federation: Federation, folder: RunFolder, name: str, before: dict[str, float] | None, stage: Stage
+) -> dict[str, float]:
+    """Runs one method to its end and writes its adapter and summary; returns the scores before training."""
+    summary = folder.read_json("summary.json")
+    if summary and summary["finished"]:
+        scores: dict[str, float] = summary["test"]["before"]
+        return scores
+    done = folder.load_checkpoint()
+    with stage.rounds(name, done[0] if done else 0, federation.experiment.run.rounds) as watcher:
+        simulation = Simulation(federation, folder, watcher)
+        try:
+            state = simulation.run()
+        except KeyboardInterrupt:
+            _leave_usable(simulation, folder)
+            raise
+    start = simulation.method.global_adapter(simulation.initial_state())
+    if before is None:
+        before = predict(federation.base, start, federation.test).scores()
+    _write_adapter(simulation, folder, state)
+    after = simulation.method.global_adapter(state)
+    folder.write_json("summary.json", _summary(federation, folder, start, after, before))
+    return before
+
+
+def _leave_usable(simulation: Simulation, folder: RunFolder) -> None:
+    """After an interruption: the adapter of the newest checkpoint, so that the folder is of use as it is."""
+    newest = folder.load_checkpoint()
+    if newest is not None:
+        _write_adapter(simulation, folder, newest[1])
+
+
+def _write_adapter(simulation: Simulation, folder: RunFolder, state: ServerState) -> None:
+    federation = simulation.federation
+    adapter = simulation.method.global_adapter(state)
+    card = adapter_card(federation, len(folder.metrics()) - 1)
+    export_peft(adapter, federation.base.head, federation.base.name, folder.path / "adapter", card)
+
+
+def adapter_card(federation: Federation, rounds: int) -> str:
+    """Returns the README of an exported adapter: what it is and how to load it. No training text is quoted."""
+    experiment, sites = federation.experiment, federation.sites
+    names = list(sites.dataset.label_names)
+    return f"""
+# LoRA adapter trained with fslora {fslora.__version__}
+
+Method {experiment.method.name} ({experiment.method.paper}), {rounds} rounds, {len(sites.fleet)} clients with
+ranks {sorted({client.rank for client in sites.fleet})}, server rank {experiment.adapter.rank}, seed
+{experiment.run.seed}. Data: {sites.dataset.name}, {len(federation.train)} training examples over all clients.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+base = {federation.base.name!r}  # or a local folder with the same weights
+model = AutoModelForSequenceClassification.from_pretrained(base, num_labels={len(names)})
+model = PeftModel.from_pretrained(model, "path/to/this/folder").eval()
+tokenizer = AutoTokenizer.from_pretrained(base)
+labels = {names!r}
+inputs = tokenizer("A text.", return_tensors="pt", truncation=True, max_length={experiment.model.max_length})
+print(labels[model(**inputs).logits.argmax().item()])
+```
+"""
+
+
+def _summary(
+    federation: Federation, folder: RunFolder, start: Adapter, after: Adapter, before: dict[str, float]
+) -> dict[str, Any]:
+    rows = [row for row in folder.metrics() if row["round"] > 0]
+    return {
+        "method": federation.experiment.method.name,
+        "rounds": len(rows),
+        "finished": len(rows) == federation.experiment.run.rounds,
+        "test": {"before": before, "after": predict(federation.base, after, federation.test).scores()},
+        "clients": client_scores(federation, start, after),
+        "bytes_down": sum(row["bytes_down"] for row in rows),
+        "bytes_up": sum(row["bytes_up"] for row in rows),
+        "train_seconds": sum(row["seconds"] for row in rows),
+        "peak_memory_bytes": peak_memory(),
+        "adapter_rank": next(iter(after.layers.values())).rank,
+        "adapter_parameters": sum(tensor.numel() for tensor in after.tensors().values()),
+        "base_parameters": federation.base.parameters,
+    }
+
+
+def client_scores(federation: Federation, before: Adapter, after: Adapter) -> list[dict[str, Any]]:
+    """Returns, per client, the scores of two adapters on the client's own held-out examples."""
+    holdout = federation.sites.partition.holdout
+    owned = np.concatenate(holdout)
+    if not len(owned):
+        return []
+    data = federation.train.take(owned)
+    results = [predict(federation.base, adapter, data) for adapter in (before, after)]
+    starts = np.cumsum([0, *(len(index) for index in holdout)])
+
+    def own(prediction: Predictions, client: int) -> dict[str, float] | None:
+        part = slice(starts[client], starts[client + 1])
+        return prediction.scores(part) if starts[client + 1] > starts[client] else None
+
+    return [
+        {
+            "id": client.id,
+            "rank": client.rank,
+            "examples": client.examples,
+            "before": own(results[0], client.id),
+            "after": own(results[1], client.id),
+        }
+        for client in federation.sites.fleet
+    ]
+
+
+def _explain(federation: Federation, stage: Stage) -> None:
+    sites, base = federation.sites, federation.base
+    ranks = sorted({client.rank for client in sites.fleet})
+    stage.note(
+        f"{sites.dataset.name}: {len(federation.train)} training examples at {len(sites.fleet)} clients "
+        f"(ranks {', '.join(map(str, ranks))}), {len(federation.validation)} for validation, "
+        f"{len(federation.test)} for the test"
+    )
+    for name, value in sites.dataset.statistics.items():
+        stage.note(f"  {name}: {value}")
+    if federation.truncated:
+        limit = federation.experiment.model.max_length
+        stage.note(f"  texts cut at {limit} tokens (model.max_length): {federation.truncated}")
+    stage.note(
+        f"{base.name}: {base.parameters / 1e6:.1f} M frozen parameters on {base.device}, "
+        f"{len(base.targets)} adapted layers"
+    )
+
+
+def peak_memory() -> int:
+    """Returns this process's largest resident set so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def environment() -> Mapping[str, Any]:
+    """Returns what a result depends on beside the experiment: versions, processor, threads, code."""
+    from importlib.metadata import version
+
+    packages = ("torch", "transformers", "peft", "datasets", "numpy", "safetensors")
+    return {
+        "fslora": fslora.__version__,
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+        "platform": platform.platform(),
+        "cpu": _processor(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "git": _git_state(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _git_state() -> str | None:
+    """Commit of the checkout this code runs from, with '-dirty' when it was changed; None outside one."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    try:
+        result = subprocess.run(
+            ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except OSError:
+        return None
+    return result.stdout.strip() or None
