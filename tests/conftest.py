@@ -18,10 +18,7 @@ from fslora.models.load import load_base
 from fslora.rng import Rng
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-WORDS = (
-    "the a an of to in is was returns object file name value list string error if not when this that with for "
-    "good bad fine poor great awful happy sad cat dog sat ran on mat road fast slow red blue one two three"
-).split()
+WORDS = ["the", "a", "an", "of", "to", "in", "is", "was", "returns", "object", "file", "name", "value", "list", "string", "error", "if", "not", "when", "this", "that", "with", "for", "good", "bad", "fine", "poor", "great", "awful", "happy", "sad", "cat", "dog", "sat", "ran", "on", "mat", "road", "fast", "slow", "red", "blue", "one", "two", "three"]
 ARCHITECTURES = ("bert", "roberta", "distilbert", "llama", "gpt2")
 LABELS = ("no", "yes", "maybe")
 
@@ -47,7 +44,7 @@ def tiny_tokenizer():
 def tiny_model(architecture: str):
     import transformers as tf
 
-    common = {"vocab_size": 64, "pad_token_id": 0}
+    common = {"vocab_size": 64, "pad_token_id": 0, "initializer_range": 0.2}
     encoder = {
         "hidden_size": 32,
         "num_hidden_layers": 2,
@@ -65,7 +62,17 @@ def tiny_model(architecture: str):
     if architecture == "llama":
         return tf.LlamaForCausalLM(tf.LlamaConfig(**common, **encoder, num_key_value_heads=2))
     if architecture == "gpt2":
-        config = tf.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=40, pad_token_id=0)
+        config = tf.GPT2Config(
+            bos_token_id=2,
+            eos_token_id=3,
+            vocab_size=64,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=40,
+            pad_token_id=0,
+            initializer_range=0.2,
+        )
         return tf.GPT2LMHeadModel(config)
     raise ValueError(architecture)
 
@@ -104,3 +111,48 @@ def shared() -> Path:
     if not (SHARED / "data").is_dir():
         pytest.skip("../shared/data is not beside this checkout")
     return SHARED
+
+
+GOOD, BAD = ("good", "fine", "great", "happy"), ("bad", "poor", "awful", "sad")
+
+
+@pytest.fixture(scope="session")
+def sentiment_file(tmp_path_factory) -> Path:
+    """240 rows that a tiny model can learn: a sentence is good or bad by one word; three sites."""
+    import csv
+
+    import numpy as np
+
+    draw = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("table") / "sentiment.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label", "site"])
+        for row in range(240):
+            good = row % 2
+            words = list(draw.choice(WORDS[:20], draw.integers(3, 9)))
+            for word in draw.choice(GOOD if good else BAD, 2):
+                words.insert(int(draw.integers(0, len(words))), str(word))
+            writer.writerow([f"{' '.join(words)} {row}", "good" if good else "bad", f"site-{row % 3}"])
+    return path
+
+
+@pytest.fixture
+def tiny_settings(tiny_folder, sentiment_file) -> list[str]:
+    """``--set`` items of an experiment that runs in seconds."""
+    return [
+        f"model.name={tiny_folder('bert')}",
+        "model.max_length=32",
+        "data.task=table",
+        f"data.source={sentiment_file}",
+        "data.max_validation=0",
+        "partition.kind=dirichlet",
+        "fleet.clients=6",
+        "fleet.cohort=4",
+        "adapter.rank=8",
+        "adapter.alpha=8",
+        "run.rounds=4",
+        "run.eval_every=2",
+        "local.steps=2",
+        "local.lr=0.005",
+    ]

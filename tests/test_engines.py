@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, LABELS, WORDS
 
+from conftest import ARCHITECTURES, LABELS, WORDS
 from fslora.algebra.adapters import combine
 from fslora.config import AdapterConfig, LocalConfig
 from fslora.data.batches import encode
@@ -14,7 +14,7 @@ from fslora.engine.cohort import CohortEngine
 from fslora.engine.sequential import SequentialEngine
 from fslora.models.slots import Dropout
 from fslora.rng import Rng
-from fslora.types import Adapter, LoRA, LocalProblem, Trained
+from fslora.types import Adapter, LocalProblem, LoRA, Trained
 
 # Two orders of summation in float32 over a few steps; AdamW divides by small second moments.
 TOLERANCE = 2e-5
@@ -53,7 +53,9 @@ def assert_same(left: list[Trained], right: list[Trained], tolerance: float = TO
         assert a.losses == pytest.approx(b.losses, abs=1e-5)
         named = b.adapter.tensors()
         for name, tensor in a.adapter.tensors().items():
-            torch.testing.assert_close(tensor, named[name], atol=tolerance, rtol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                tensor, named[name], atol=tolerance, rtol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -31,7 +31,7 @@ class RunConfig(Section):
     """How long to run, what to write and how often."""
 
     seed: int = Field(0, ge=0, description="Seed of every draw: data, partition, ranks, cohorts, sketches, batches.")
-    rounds: int = Field(30, ge=1, description="Number of federated rounds.")
+    rounds: int = Field(40, ge=1, description="Number of federated rounds.")
     eval_every: int = Field(5, ge=1, description="Rounds between evaluations on the validation split.")
     checkpoint_every: int = Field(1, ge=1, description="Rounds between checkpoints; the newest one is kept.")
 
@@ -51,8 +51,8 @@ class ModelConfig(Section):
 class AdapterConfig(Section):
     """The server's global LoRA."""
 
-    rank: int = Field(64, ge=1, description="The server's rank r; no client can hold more.")
-    alpha: float = Field(64.0, gt=0, description="LoRA's alpha; B A is multiplied by alpha / rank.")
+    rank: int = Field(32, ge=1, description="The server's rank r; no client can hold more.")
+    alpha: float = Field(32.0, gt=0, description="LoRA's alpha; B A is multiplied by alpha / rank.")
     rslora: bool = Field(False, description="Rank-stabilised scale: alpha / sqrt(rank) instead of alpha / rank.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of the LoRA path while training.")
     targets: Literal["all-linear"] | tuple[str, ...] = Field(
@@ -119,9 +119,7 @@ class FleetConfig(Section):
     """The clients and what they can afford. Give exactly one of ranks, ratios and distribution."""
 
     clients: int = Field(20, ge=1, description="Number of clients N.")
-    cohort: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
-        10, description="Clients drawn per round, or 'all'."
-    )
+    cohort: Annotated[int, Field(ge=1)] | Literal["all"] = Field(5, description="Clients drawn per round, or 'all'.")
     ranks: tuple[int, ...] | None = Field(None, description="The rank of each client, one number per client.")
     ratios: tuple[float, ...] | None = Field(
         None, description="Sketch ratios k/r in equal shares, e.g. [0.125, 0.25, 0.5, 0.75]."
@@ -180,7 +178,7 @@ class LocalConfig(Section):
         if isinstance(values, Mapping):
             values = dict(values)
             if values.get("steps") is None and values.get("epochs") is None:
-                values["steps"] = 4
+                values["steps"] = 6
         return values
 
     @model_validator(mode="after")

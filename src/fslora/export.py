@@ -20,7 +20,14 @@ from fslora.types import Adapter, LoRA, Tensor
 PREFIX = "base_model.model."
 
 
-def export_peft(adapter: Adapter, head: tuple[str, ...], base_name: str, folder: Path, card: str = "") -> Path:
+def export_peft(
+    adapter: Adapter,
+    head: tuple[str, ...],
+    base_name: str,
+    folder: Path,
+    card: str = "",
+    fan_in_fan_out: bool = False,
+) -> Path:
     """Writes an adapter as ``adapter_config.json``, ``adapter_model.safetensors`` and ``README.md``.
 
     ``peft.PeftModel.from_pretrained(model, folder)`` then computes what we compute. The scale is written as a
@@ -32,6 +39,7 @@ def export_peft(adapter: Adapter, head: tuple[str, ...], base_name: str, folder:
         base_name: What ``base_model_name_or_path`` says.
         folder: Replaced as a whole.
         card: Text for the folder's README.
+        fan_in_fan_out: Whether the adapted layers keep their weight as [in out] (GPT-2's Conv1D).
 
     Raises:
         ArtifactError: The folder cannot be written.
@@ -49,6 +57,7 @@ def export_peft(adapter: Adapter, head: tuple[str, ...], base_name: str, folder:
         modules_to_save=list(head) or None,
         task_type=TaskType.SEQ_CLS,
         base_model_name_or_path=base_name,
+        fan_in_fan_out=fan_in_fan_out,
         inference_mode=True,
     )
     partial = folder.with_name(f".partial-{folder.name}")
@@ -136,7 +145,7 @@ def export_merged(adapter: Adapter, base: Base, folder: Path) -> Path:
             parameters = dict(model.named_parameters())
             for name, pair in adapter.layers.items():
                 weight = parameters[f"{name}.weight"]
-                delta = pair.delta.T if _is_conv1d(base, name) else pair.delta
+                delta = pair.delta.T if base.fan_in_fan_out else pair.delta
                 weight.add_(delta.to(weight))
             for name, tensor in adapter.dense.items():
                 parameters[name].copy_(tensor)
@@ -147,10 +156,6 @@ def export_merged(adapter: Adapter, base: Base, folder: Path) -> Path:
     finally:
         model.load_state_dict(saved)
     return folder
-
-
-def _is_conv1d(base: Base, name: str) -> bool:
-    return type(base.model.get_submodule(name)).__name__ == "Conv1D"
 
 
 def _card(base_name: str, text: str) -> str:

@@ -15,7 +15,7 @@ from fslora.types import Client
 HEAVY_TAIL_MEDIAN = 5 / 31
 """heavy-tail-low: where the median lies in the range of ranks; rank 6 of [1, 32]."""
 HEAVY_TAIL_SIGMA = 0.97
-"""heavy-tail-low: standard deviation of the logarithm; on [1, 32] the mean rank is 8.5, once clipped and rounded."""
+"""heavy-tail-low: standard deviation of the logarithm; on [1, 32] the mean of the final ranks is 8.5."""
 
 Floats = NDArray[np.float64]
 

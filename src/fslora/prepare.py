@@ -23,6 +23,8 @@ class Sites:
     """The federation without a model: who holds what, and what each can afford."""
 
     dataset: Dataset
+    kind: str
+    """How the data were partitioned."""
     partition: Partition
     fleet: tuple[Client, ...]
 
@@ -38,6 +40,7 @@ class Sites:
             "examples": {name: len(split) for name, split in splits.items()},
             "truncated": truncated,
             "partition": {
+                "kind": self.kind,
                 "digest": self.partition.digest,
                 "notes": dict(self.partition.notes),
                 "label_counts": counts,
@@ -81,7 +84,7 @@ def prepare_sites(experiment: Experiment) -> Sites:
     parts = partition(experiment.partition, dataset.train, experiment.fleet.clients, rng.child("partition"))
     sizes = [len(index) for index in parts.train]
     fleet = build_fleet(experiment.fleet, experiment.adapter.rank, sizes, rng.child("fleet"))
-    return Sites(dataset, parts, fleet)
+    return Sites(dataset, experiment.partition.kind, parts, fleet)
 
 
 class Workshop:

@@ -1,7 +1,7 @@
 """The run folder: everything a run leaves behind, written so that a crash never damages what is there.
 
-    experiment.toml  environment.json  data.json  baseline.json  metrics.jsonl  summary.json
-    checkpoints/round-000012/{state.safetensors, state.json}   adapter/   report.html   variants/NAME/...
+experiment.toml  environment.json  data.json  baseline.json  metrics.jsonl  summary.json
+checkpoints/round-000012/{state.safetensors, state.json}   adapter/   report.html   variants/NAME/...
 """
 
 from __future__ import annotations

@@ -123,10 +123,14 @@ def _leave_usable(simulation: Simulation, folder: RunFolder) -> None:
 
 
 def _write_adapter(simulation: Simulation, folder: RunFolder, state: ServerState) -> None:
-    federation = simulation.federation
     adapter = simulation.method.global_adapter(state)
-    card = adapter_card(federation, len(folder.metrics()) - 1)
-    export_peft(adapter, federation.base.head, federation.base.name, folder.path / "adapter", card)
+    write_adapter(simulation.federation, adapter, folder.path / "adapter", len(folder.metrics()) - 1)
+
+
+def write_adapter(federation: Federation, adapter: Adapter, to: Path, rounds: int) -> None:
+    """Writes an adapter of a federation as a PEFT folder with a card."""
+    base = federation.base
+    export_peft(adapter, base.head, base.name, to, adapter_card(federation, rounds), base.fan_in_fan_out)
 
 
 def adapter_card(federation: Federation, rounds: int) -> str:
@@ -222,8 +226,13 @@ def _explain(federation: Federation, stage: Stage) -> None:
 
 def peak_memory() -> int:
     """Returns this process's largest resident set so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    try:
+        # Not getrusage: on Linux a child process inherits its parent's peak there.
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
 
 
 def environment() -> Mapping[str, Any]:

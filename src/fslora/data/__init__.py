@@ -14,6 +14,8 @@ from fslora.data.types import Dataset, Examples
 from fslora.data.word_order import load_word_order
 from fslora.rng import Rng
 
+__all__ = ["TASKS", "Dataset", "Examples", "limited", "load_dataset"]
+
 TASKS: Mapping[str, Callable[[DataConfig, Rng], Dataset]] = {
     "word-order": load_word_order,
     "chapters": load_chapters,
@@ -31,15 +33,21 @@ def load_dataset(config: DataConfig, rng: Rng) -> Dataset:
     limits = {"train": config.max_train, "validation": config.max_validation, "test": config.max_test}
     sides: dict[str, Examples] = {name: getattr(whole, name) for name in limits}
     kept = {name: limited(sides[name], limit, rng.child("limit", name)) for name, limit in limits.items()}
-    left = {
-        f"{name} examples left out by data.max_{name}": len(sides[name]) - len(kept[name]) for name in limits
-    }
     counts = {f"{name} examples": len(side) for name, side in kept.items()}
-    return replace(whole, statistics={**whole.statistics, **left, **counts}, **kept)
+    for name, side in kept.items():
+        if len(side) < len(sides[name]):
+            counts[f"{name} examples left out by data.max_{name}"] = len(sides[name]) - len(side)
+    return replace(
+        whole,
+        train=kept["train"],
+        validation=kept["validation"],
+        test=kept["test"],
+        statistics={**whole.statistics, **counts},
+    )
 
 
 def limited(examples: Examples, limit: int, rng: Rng) -> Examples:
-    """Returns a random ``limit`` of the examples, in their order; all of them when the limit is 0 or not reached."""
+    """Returns ``limit`` of the examples, drawn evenly, in their order; all of them when the limit is 0."""
     if limit == 0 or len(examples) <= limit:
         return examples
     return examples.take(np.sort(rng.numpy().choice(len(examples), size=limit, replace=False)))

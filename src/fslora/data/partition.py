@@ -34,8 +34,8 @@ class Partition:
 def partition(config: PartitionConfig, examples: Examples, clients: int, rng: Rng) -> Partition:
     """Returns the partition of all examples over the clients.
 
-    A client's held-out share is ``config.holdout`` of what it holds, rounded down, but never so much that fewer
-    than ``config.min_examples`` are left to train on: a small client has a smaller share, or none.
+    A client's held-out share is ``config.holdout`` of what it holds, rounded down, but never so much that
+    fewer than ``config.min_examples`` are left to train on: a small client has a smaller share, or none.
 
     Raises:
         DataError: There are too few examples or groups for this many clients.
@@ -43,14 +43,12 @@ def partition(config: PartitionConfig, examples: Examples, clients: int, rng: Rn
     needed = clients * config.min_examples
     if len(examples) < needed:
         raise DataError(
-            f"there are {len(examples)} training examples for {clients} clients of at least {config.min_examples} "
-            f"(partition.min_examples), which takes {needed}. Lower fleet.clients or partition.min_examples, or give "
-            "more data (data.max_train)"
+            f"there are {len(examples)} training examples, but {clients} clients of at least "
+            f"{config.min_examples} (partition.min_examples) need {needed}. Lower fleet.clients or "
+            "partition.min_examples, or give more data (see also data.max_train)"
         )
     notes: Notes = {"kind": config.kind}
-    parts = [
-        np.sort(part) for part in KINDS[config.kind](config, examples, clients, rng.child(config.kind), notes)
-    ]
+    parts = [np.sort(part) for part in KINDS[config.kind](config, examples, clients, rng.child(config.kind), notes)]
     held = [_held_out(part, config, rng.child("holdout", client)) for client, part in enumerate(parts)]
     train = tuple(np.setdiff1d(part, out) for part, out in zip(parts, held, strict=True))
     sizes = [len(part) for part in train]
@@ -90,12 +88,11 @@ def _iid(config: PartitionConfig, examples: Examples, clients: int, rng: Rng, no
     return np.array_split(rng.numpy().permutation(len(examples)), clients)
 
 
-def _dirichlet(
-    config: PartitionConfig, examples: Examples, clients: int, rng: Rng, notes: Notes
-) -> list[Index]:
+def _dirichlet(config: PartitionConfig, examples: Examples, clients: int, rng: Rng, notes: Notes) -> list[Index]:
     """Label skew: each class is dealt out by proportions p ~ Dirichlet(alpha), drawn for that class.
 
-    Source: Hsu, Qi, Brown, arXiv 1909.06335; the per-class form is that of Yurochkin et al., arXiv 1905.12022.
+    Source: the experiments of Yurochkin et al., arXiv 1905.12022. A client that is left with too few
+    examples gets drawn ones from whoever holds most at that moment.
     """
     stream = rng.numpy()
     parts: list[list[int]] = [[] for _ in range(clients)]
@@ -115,14 +112,12 @@ def _dirichlet(
     return [np.array(part, dtype=np.int64) for part in parts]
 
 
-def _natural(
-    config: PartitionConfig, examples: Examples, clients: int, rng: Rng, notes: Notes
-) -> list[Index]:
-    """Whole groups, in drawn order, each to the client that holds least so far: balanced, yet of unequal sizes."""
+def _natural(config: PartitionConfig, examples: Examples, clients: int, rng: Rng, notes: Notes) -> list[Index]:
+    """Whole groups in drawn order, each to the client that holds least so far: nearly balanced sizes."""
     if examples.groups is None:
         raise DataError(
-            "partition.kind is 'natural', but the examples have no groups: name the column that tells whose row it "
-            "is in data.group, or choose partition.kind 'dirichlet' or 'iid'"
+            "partition.kind is 'natural', but the examples have no groups: name the column that tells whose "
+            "row it is in data.group, or choose partition.kind 'dirichlet' or 'iid'"
         )
     members: dict[str, list[int]] = {}
     for position, group in enumerate(examples.groups):
@@ -142,8 +137,9 @@ def _natural(
     smallest = min(len(part) for part in parts)
     if smallest < config.min_examples:
         raise DataError(
-            f"partition.kind is 'natural' and keeps groups whole, which leaves a client with {smallest} examples of "
-            f"at least {config.min_examples}; lower partition.min_examples or fleet.clients ({clients})"
+            f"partition.kind is 'natural' and keeps groups whole, which leaves a client with {smallest} "
+            f"examples of at least {config.min_examples}. Lower partition.min_examples, or fleet.clients "
+            f"from {clients}"
         )
     notes["groups"] = len(members)
     return [np.array(part, dtype=np.int64) for part in parts]

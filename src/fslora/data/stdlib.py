@@ -61,8 +61,8 @@ def read_library(root: Path | None = None) -> Library:
     files = list(_source_files(root))
     if not files:
         raise DataError(
-            f"data.source is 'stdlib', but there are no .py files under {root}; this Python comes without the "
-            "sources of its library. Give data.source a text file or a folder instead"
+            f"data.source is 'stdlib', but there are no .py files under {root}; this Python comes without "
+            "the sources of its library. Give data.source a text file or folder"
         )
     docstrings: list[Docstring] = []
     unreadable = 0
@@ -80,7 +80,7 @@ def read_library(root: Path | None = None) -> Library:
 
 @contextmanager
 def _no_cycle_search() -> Iterator[None]:
-    """Stops the search for reference cycles: trees have none, and with torch loaded it takes half the time."""
+    """Stops the search for reference cycles: trees have none, and beside torch it takes most of the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,7 +1,7 @@
 """The task of a user's own table: classify the rows of a file, or of a data set on the Hugging Face hub.
 
-Rows without text or label are dropped and counted. Classes are told apart by their names: 1, 1.0 and '1' are one
-class; the names of the hub's ClassLabel are kept, in its order.
+Rows without text or label are dropped and counted. Classes are told apart by their names: 1, 1.0 and '1' are
+one class. The names that a data set declares (ClassLabel) are kept, in its order.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import csv
 import gzip
 import io
 import json
+import math
 import re
 import tempfile
 import warnings
@@ -72,7 +73,7 @@ def load_table(config: DataConfig, rng: Rng) -> Dataset:
     """
     dropped: Counter[str] = Counter()
     train = _side(config, "train", dropped)
-    names = _class_names(train, config)
+    names = _class_names(train, config, dropped)
     sides: dict[str, Rows] = {}
     shares: dict[str, float] = {}
     for side, share in (("test", config.test_share), ("validation", config.validation_share)):
@@ -86,7 +87,7 @@ def load_table(config: DataConfig, rng: Rng) -> Dataset:
     for side, rows in sides.items():
         if not rows.texts:
             raise DataError(
-                f"{side} has no usable row: train gives {len(train.texts)}; {_listed(dropped) or 'nothing was dropped'}. "
+                f"{side} has no usable row: train gives {len(train.texts)}; dropped: {_listed(dropped)}. "
                 f"Give more rows, or give data.{side} a file or split whose rows have text and label"
             )
     examples = {side: _examples(rows, names) for side, rows in sides.items()}
@@ -128,9 +129,7 @@ def _rows(table: Any, where: str, config: DataConfig, side: str, dropped: Counte
     columns = table.select_columns(list(dict.fromkeys(used.values())))[:]
     kept: dict[str, list[str]] = {key: [] for key in used}
     for values in zip(*(columns[column] for column in used.values()), strict=True):
-        row = {
-            key: _as_text(value, used[key], key, declared) for key, value in zip(used, values, strict=True)
-        }
+        row = {key: _as_text(value, used[key], key, declared) for key, value in zip(used, values, strict=True)}
         missing = next((key for key, value in row.items() if not value), None)
         if missing is not None:
             dropped[f"{side} rows dropped: no {used[missing]}"] += 1
@@ -148,7 +147,7 @@ def _rows(table: Any, where: str, config: DataConfig, side: str, dropped: Counte
 
 def _as_text(value: Any, column: str, key: str, declared: Sequence[str] | None) -> str:
     """The cell as text, empty where it is missing or blank; a class as its name."""
-    if value is None or value != value:  # NaN
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if not isinstance(value, (str, int, float)):
         raise DataError(
@@ -164,7 +163,7 @@ def _as_text(value: Any, column: str, key: str, declared: Sequence[str] | None) 
     return whole[1] if whole else name
 
 
-def _class_names(train: Rows, config: DataConfig) -> tuple[str, ...]:
+def _class_names(train: Rows, config: DataConfig, dropped: Mapping[str, int]) -> tuple[str, ...]:
     """The classes that occur in train: as declared, or sorted, numbers by value."""
     present = set(train.labels)
     if train.classes is not None:
@@ -174,16 +173,16 @@ def _class_names(train: Rows, config: DataConfig) -> tuple[str, ...]:
         fraction = next((name for name in names if not float(name).is_integer()), None)
         if fraction is not None:
             raise DataError(
-                f"column {config.label!r} (data.label) holds numbers such as {fraction}; regression is not supported "
-                "yet, only classes. Set data.label to a column of classes, or put the numbers into named classes"
+                f"column {config.label!r} (data.label) holds numbers such as {fraction}; regression is not "
+                "supported yet, only classes. Set data.label to a column of classes, or name the numbers"
             )
     else:
         names = sorted(present)
     if len(names) < 2:
         held = f"only the class {names[0]!r}" if names else "no usable row"
         raise DataError(
-            f"column {config.label!r} (data.label) of {config.source} gives {held}; a classifier needs two classes at "
-            "least. Check data.label and data.text"
+            f"column {config.label!r} (data.label) of {config.source} gives {held}; a classifier needs two "
+            f"classes at least. Dropped: {_listed(dropped)}. Check data.label and data.text"
         )
     return tuple(names)
 
@@ -214,13 +213,11 @@ def _inputs(examples: Examples) -> Iterator[tuple[str, str]]:
 
 
 def _listed(dropped: Mapping[str, int]) -> str:
-    return ", ".join(f"{what}: {count}" for what, count in dropped.items())
+    return ", ".join(f"{what}: {count}" for what, count in dropped.items()) or "none"
 
 
 def _is_local(source: str) -> bool:
-    looks_local = (
-        source.lower().endswith(_SUFFIXES) or not _HUB_NAME.fullmatch(source) or source.startswith(".")
-    )
+    looks_local = source.lower().endswith(_SUFFIXES) or not _HUB_NAME.fullmatch(source) or source.startswith(".")
     return looks_local or Path(source).expanduser().exists()
 
 
@@ -238,17 +235,20 @@ def _read_file(source: str, key: str) -> Any:
         with _quiet(), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
             return reader(path, cache)
     except Exception as error:  # parsers raise what they like, wrapped by the library
-        raise DataError(
-            f"{key}: {source} cannot be read: {_fault(path, suffix) or _innermost(error)}"
-        ) from error
+        raise DataError(f"{key}: {source} cannot be read: {_fault(path, suffix) or _innermost(error)}") from error
 
 
 def _read_csv(path: Path, cache: str) -> Any:
-    """Every cell is text, so that 'NA', 'None' and '007' stay what they are; only an empty cell is missing."""
+    """Every cell is text, so 'NA', 'None' and '007' stay what they are; only an empty cell is missing."""
     import datasets
 
     with _opened(path) as raw:
-        header = next(csv.reader(io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")))
+        lines = csv.reader(io.TextIOWrapper(raw, encoding="utf-8-sig", newline=""))
+        header, first = next(lines), next(lines, None)
+    if first is None:
+        raise ValueError("there is no row below the header")
+    if len(first) > len(header):  # pandas would take the first cells for row names
+        raise ValueError(f"{len(first)} cells under {len(header)} column names; quote cells that hold a comma")
     features = datasets.Features({name: datasets.Value("string") for name in header})
     return datasets.Dataset.from_csv(
         str(path),
@@ -263,6 +263,9 @@ def _read_csv(path: Path, cache: str) -> Any:
 def _read_jsonl(path: Path, cache: str) -> Any:
     import datasets
 
+    with _opened(path) as lines:
+        for line in lines:
+            line.decode()  # the reader below does not look, and would fail later
     return datasets.Dataset.from_json(str(path), cache_dir=cache, keep_in_memory=True)
 
 
@@ -288,9 +291,9 @@ def _read_hub(name: str, subset: str | None, split: str) -> Any:
             return datasets.load_dataset(name, subset, split=split)
     except Exception as error:  # the network, the hub and the data set's builder raise what they like
         raise DataError(
-            f"data.source {name!r} (data.subset {subset!r}, split {split!r}) is no file here and cannot be loaded from "
-            f"the hub: {_innermost(error)}. Check the names and the network, or download the data set and give its "
-            f"file, {', '.join(_SUFFIXES)}"
+            f"data.source {name!r} (data.subset {subset!r}, split {split!r}) is no file here and cannot be "
+            f"loaded from the hub: {_first_line(error)}. Check the names and the network, or download the "
+            f"data set and give one of its files ({', '.join(_SUFFIXES)})"
         ) from error
 
 
@@ -306,7 +309,7 @@ def _fault(path: Path, suffix: str) -> str | None:
                     if ".jsonl" in suffix and line.strip() and not isinstance(json.loads(line), dict):
                         return f"line {number} is not a JSON object"
                 except UnicodeDecodeError as error:
-                    return f"line {number} is not UTF-8 at byte {start + error.start} of the file; save it as UTF-8"
+                    return f"line {number} is not UTF-8, at byte {start + error.start}; save the file as UTF-8"
                 except ValueError as error:
                     return f"line {number} is not valid JSON: {error}"
                 start += len(line)
@@ -315,20 +318,24 @@ def _fault(path: Path, suffix: str) -> str | None:
     return None if start else "the file is empty"
 
 
-def _opened(path: Path) -> io.BufferedIOBase:
+def _opened(path: Path) -> gzip.GzipFile | io.BufferedReader:
     return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")
 
 
 def _innermost(error: BaseException) -> str:
-    """The first line of what started it all: the libraries wrap the cause in words of their own."""
+    """What started it all: the library wraps what its parsers raise in words of its own."""
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__ or error
+    return _first_line(error)
+
+
+def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences bars, log lines and warnings of the libraries; what matters is raised, and said in our words."""
+    """Silences the libraries' bars, log lines and warnings; what matters is raised, and said in our words."""
     import datasets
     import huggingface_hub.utils as hub
 

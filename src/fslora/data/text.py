@@ -1,7 +1,7 @@
 """From raw text to clean paragraphs and sentences: prose is kept, code, markup and tables are left out.
 
-The text may be a docstring, plain text, Markdown or reStructuredText; it is read line by line with a few rules
-that all of these share, so nothing has to be told which it is.
+The text may be a docstring, plain text, Markdown or reStructuredText; it is read line by line with a few
+rules that all of these share, so nobody has to say which it is.
 """
 
 from __future__ import annotations
@@ -30,13 +30,12 @@ PLAIN_SHARE = 0.8
 def paragraphs(text: str) -> list[str]:
     """Returns the paragraphs of a text, each on one line with single spaces.
 
-    A blank line, a line without letters or a skipped line ends a paragraph, and a list item starts one. Fenced
-    code and blocks that hold a doctest prompt are left out; links and emphasis keep their words only.
+    A blank line, a line without letters or a skipped line ends a paragraph, and a list item starts one.
+    Fenced code and blocks that hold a doctest prompt are left out; links and emphasis keep only their words.
     """
     blocks: list[list[str]] = [[]]
     fenced = False
-    for line in text.splitlines():
-        line = line.strip()
+    for line in map(str.strip, text.splitlines()):
         if _FENCE.match(line):
             fenced = not fenced
         elif line.startswith(">>>"):

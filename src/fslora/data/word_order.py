@@ -1,9 +1,9 @@
 """The default task: is this sentence as written, or were two of its neighbouring words swapped?
 
-Any prose gives the examples, without labels made by people: the standard library's docstrings, or a site's own
-documents. One sentence gives one example, kept or swapped. Nothing but the order of words tells the classes apart:
-both come from sentences that *can* be swapped, and the two words are whole lower-case words without punctuation,
-neither first nor last, so no capital and no stop lands in a telling place.
+Any prose gives the examples, without labels made by people: the standard library's docstrings, or a site's
+own documents. One sentence gives one example, kept or swapped. Nothing but the order of words tells the
+classes apart: both come from sentences that *can* be swapped, and the two words are whole lower-case words
+without punctuation, neither first nor last, so no capital and no stop lands in a telling place.
 """
 
 from __future__ import annotations
@@ -69,15 +69,14 @@ def load_word_order(config: DataConfig, rng: Rng) -> Dataset:
         test, validation, train = split_groups(sizes, shares, rng.child("sides"))
     except ValueError:
         raise DataError(
-            f"data.source {config.source!r} gives {len(found)} usable sentences in {len(sizes)} groups, too few for "
-            f"train, validation and test: a usable sentence is prose of {MIN_WORDS} to {MAX_WORDS} words that starts "
-            f"with a capital and ends with a stop. Give more text. Read so far: {_listed(statistics)}"
+            f"data.source {config.source!r} gives {len(found)} usable sentences in {len(sizes)} groups, too "
+            f"few for train, validation and test: a usable sentence is prose of {MIN_WORDS} to {MAX_WORDS} "
+            f"words, starts with a capital and ends with a stop. Give more text. Found: {_listed(statistics)}"
         ) from None
     sides = {"train": train, "validation": validation, "test": test}
     statistics |= {f"groups in {name}": len(groups) for name, groups in sides.items()}
     examples = {
-        name: _examples({group: by_group[group] for group in groups}, rng.child(name))
-        for name, groups in sides.items()
+        name: _examples({group: by_group[group] for group in groups}, rng.child(name)) for name, groups in sides.items()
     }
     return Dataset("word-order", LABEL_NAMES, statistics=statistics, **examples)
 
@@ -106,35 +105,35 @@ def read_path(path: Path) -> Source:
         DataError: There is nothing there to read.
     """
     if not path.exists():
-        raise DataError(
-            f"data.source is {str(path)!r}, but there is no such file or folder; or write 'stdlib'"
-        )
+        raise DataError(f"data.source is {str(path)!r}, but there is no such file or folder; or write 'stdlib'")
     files = list(_text_files(path)) if path.is_dir() else [path]
-    counts: Counter[str] = Counter()
+    counts = Counter({"empty": 0, "binary": 0, "replaced": 0})
     texts: list[tuple[str, str]] = []
     for file in files:
-        text = _decoded(file, counts)
-        if text.strip():
-            texts.append((file.relative_to(path).as_posix() if path.is_dir() else file.name, text))
-        else:
+        name = file.relative_to(path).as_posix() if path.is_dir() else file.name
+        data = _bytes(file)
+        text = data.decode("utf-8-sig", errors="replace")
+        if b"\0" in data:
+            counts["binary"] += 1
+        elif not text.strip():
             counts["empty"] += 1
+        else:
+            counts["replaced"] += text.count("\ufffd") - data.count("\ufffd".encode())
+            texts.append((name, text))
     if not texts:
         looked_for = f"files that end in {', '.join(SUFFIXES)}" if path.is_dir() else "UTF-8 text"
         raise DataError(
-            f"data.source {str(path)!r} holds no usable text: looked for {looked_for}, found {len(files)}, of which "
-            f"{counts['binary']} binary (or UTF-16: save as UTF-8) and {counts['empty'] - counts['binary']} empty"
+            f"data.source {str(path)!r} holds no usable text: looked for {looked_for}, found {len(files)}; "
+            f"{counts['binary']} binary (or UTF-16: save as UTF-8), {counts['empty']} empty"
         )
-    return Source(
-        tuple(texts),
-        {
-            "source": str(path),
-            "files read": len(texts),
-            "empty files": counts["empty"] - counts["binary"],
-            "binary files": counts["binary"],
-            "bytes that are not UTF-8, replaced": counts["replaced"],
-        },
-        "file",
-    )
+    statistics: Statistics = {
+        "source": str(path),
+        "files read": len(texts),
+        "empty files": counts["empty"],
+        "binary files": counts["binary"],
+        "bytes that are not UTF-8, replaced": counts["replaced"],
+    }
+    return Source(tuple(texts), statistics, "file")
 
 
 def usable_sentences(texts: Sequence[tuple[str, str]], statistics: Statistics) -> list[tuple[str, str]]:
@@ -201,36 +200,33 @@ def split_groups(sizes: Mapping[str, int], shares: Sequence[float], rng: Rng) ->
     """Returns one list of groups per share of the examples, and last the list of all other groups.
 
     Groups are visited in a drawn order, and each side takes those that still fit into its share; where none
-    fits it takes the smallest one.
+    fits it takes the smallest one. At least one group is left for every side that comes after.
 
     Raises:
-        ValueError: A side would be empty.
+        ValueError: There are fewer groups than sides.
     """
+    if len(sizes) <= len(shares):
+        raise ValueError(f"{len(sizes)} groups cannot fill {len(shares) + 1} sides")
     left = [sorted(sizes)[i] for i in rng.numpy().permutation(len(sizes))]
     total = sum(sizes.values())
     sides: list[list[str]] = []
-    for share in shares:
+    for later, share in zip(range(len(shares), 0, -1), shares, strict=True):
         side: list[str] = []
         room = share * total
         for group in left:
-            if sizes[group] <= room:
+            if sizes[group] <= room and len(left) - len(side) > later:
                 side.append(group)
                 room -= sizes[group]
-        if not side and left:
-            side.append(min(left, key=sizes.__getitem__))
+        side = side or [min(left, key=sizes.__getitem__)]
         left = [group for group in left if group not in side]
         sides.append(side)
-    if not all([*sides, left]):
-        raise ValueError(f"{len(sizes)} groups cannot fill {len(shares) + 1} sides")
     return [*sides, left]
 
 
 def _examples(by_group: Mapping[str, Sequence[str]], rng: Rng) -> Examples:
-    """One side's examples: within a group in drawn order, every second one swapped, so every group is balanced."""
+    """One side's examples, in drawn order within a group; every second one is swapped, so groups balance."""
     stream = rng.numpy()
-    order = [
-        (group, by_group[group][i]) for group in by_group for i in stream.permutation(len(by_group[group]))
-    ]
+    order = [(group, by_group[group][i]) for group in by_group for i in stream.permutation(len(by_group[group]))]
     labels = (np.arange(len(order)) + stream.integers(2)) % 2
     texts = tuple(
         swapped(sentence, stream) if label else " ".join(sentence.split())
@@ -247,19 +243,11 @@ def _text_files(folder: Path) -> Iterator[Path]:
                 yield Path(parent, name)
 
 
-def _decoded(path: Path, counts: Counter[str]) -> str:
-    """The file's text, empty for a binary file; counts what is wrong with it."""
+def _bytes(path: Path) -> bytes:
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise DataError(f"data.source: {path} cannot be read: {error.strerror or error}") from None
-    if b"\0" in data:
-        counts["binary"] += 1
-        counts["empty"] += 1
-        return ""
-    text = data.decode("utf-8-sig", errors="replace")
-    counts["replaced"] += text.count("\ufffd") - data.count("\ufffd".encode())
-    return text
 
 
 def _listed(statistics: Mapping[str, int | float | str]) -> str:

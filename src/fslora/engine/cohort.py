@@ -131,9 +131,7 @@ class Stack:
 
     def backward(self, loss: Tensor) -> None:
         """Writes the gradients of ``loss`` into the buffer; zero for what the model never used."""
-        gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
-            loss, list(self._leaves.values()), allow_unused=True
-        )
+        gradients: tuple[Tensor | None, ...] = torch.autograd.grad(loss, list(self._leaves.values()), allow_unused=True)
         for target, gradient in zip(self._gradients, gradients, strict=True):
             if gradient is None:
                 target.zero_()

@@ -63,7 +63,5 @@ class SequentialEngine:
 
 def _detached(start: Adapter, leaves: dict[str, Tensor]) -> Adapter:
     values = {name: leaf.detach().cpu() for name, leaf in leaves.items()}
-    layers = {
-        name: LoRA(values[f"{name}:A"], values[f"{name}:Bt"], pair.scale) for name, pair in start.layers.items()
-    }
+    layers = {name: LoRA(values[f"{name}:A"], values[f"{name}:Bt"], pair.scale) for name, pair in start.layers.items()}
     return Adapter(layers, {name: values[f"{name}:dense"] for name in start.dense})

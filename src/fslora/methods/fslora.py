@@ -75,5 +75,3 @@ class FSLoRA(Method):
         position = ids.index(client.id)
         streams = {layer: round.rng.child("sketch", "all" if self.shared_rows else layer) for layer in layers}
         return {layer: draw_rows(self.sketch, rank, ranks, position, ids, streams[layer]) for layer in layers}
-
-

@@ -56,6 +56,11 @@ class Base:
         """The number of frozen parameters."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether the adapted layers keep their weight as [in out], as GPT-2's Conv1D does."""
+        return any(isinstance(self._slots[path].module, Conv1D) for path in self.targets)
+
     def template(self, adapter: AdapterConfig) -> Template:
         """Returns the shapes of the adapted layers and the head's initial tensors (copies, on the CPU)."""
         layers = {path: _shape(self._slots[path].module) for path in self.targets}
@@ -82,18 +87,14 @@ class Base:
         """While open, the base computes with this one adapter for everybody."""
         device = self.device
         pairs = {
-            path: SinglePair(pair.A.to(device), pair.Bt.to(device), pair.scale)
-            for path, pair in adapter.layers.items()
+            path: SinglePair(pair.A.to(device), pair.Bt.to(device), pair.scale) for path, pair in adapter.layers.items()
         }
         with self.attached(pairs, self.single_heads(adapter.dense)):
             yield
 
     def single_heads(self, dense: Mapping[str, Tensor]) -> dict[str, Change]:
         """Returns the head's changes for one set of dense tensors."""
-        return {
-            path: SingleDense(weight, bias)
-            for path, (weight, bias) in self.head_tensors(dense).items()
-        }
+        return {path: SingleDense(weight, bias) for path, (weight, bias) in self.head_tensors(dense).items()}
 
     def head_tensors(self, dense: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor | None]]:
         """Returns module path → (weight, bias) of dense tensors named by parameter."""

@@ -13,13 +13,14 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 
-from fslora.report.read import ClientScores, RunRecord
+from fslora.report.read import ClientScores, RunRecord, Scores
 from fslora.report.style import (
     INK,
     MUTED,
     bar_width,
     by_rank,
     client_axis,
+    legend_above,
     line,
     rank_colours,
     rank_panel,
@@ -76,25 +77,18 @@ def client_scores_figure(records: Sequence[RunRecord]) -> Figure | None:
     grid = figure.add_gridspec(2, 2, width_ratios=[2.6, 1], height_ratios=[1, 3])
     main = figure.add_subplot(grid[1, 0])
     rank_panel(figure.add_subplot(grid[0, 0], sharex=main), fleet, order)
-    for place, position in enumerate(order):
-        client = fleet[position]
-        before, after = (
-            score(part, "accuracy") for part in (scores[client.id].before, scores[client.id].after)
-        )
-        colour, dot = colours[client.rank], 26 if len(order) <= 60 else 12
-        if before is not None and after is not None:
-            main.plot([place, place], [before, after], color=colour, linewidth=1.2, alpha=0.7)
-        if before is not None:
-            main.scatter(
-                [place], [before], s=dot, facecolors="white", edgecolors=colour, linewidths=1.1, zorder=3
-            )
-        if after is not None:
-            main.scatter([place], [after], s=dot, color=colour, zorder=4)
+    ordered = [scores[fleet[position].id] for position in order]
+    shades = [colours[fleet[position].rank] for position in order]
+    before, after = ([_accuracy(part) for part in parts] for parts in _parts(ordered))
+    places, dot = range(len(order)), 26 if len(order) <= 60 else 12
+    main.vlines(places, before, after, colors=shades, linewidth=1.2, alpha=0.7)
+    main.scatter(places, before, dot, "white", edgecolors=shades, linewidths=1.1, zorder=3, clip_on=False)
+    main.scatter(places, after, dot, shades, zorder=4, clip_on=False)
     main.set_ylabel("accuracy on own test")
     main.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     client_axis(main, fleet, order)
     handles = _rank_means(figure.add_subplot(grid[:, 1]), records)
-    figure.legend(handles=[*_before_after_marks(), *handles], loc="outside upper left", ncols=4)
+    legend_above(figure, [*_before_after_marks(), *handles])
     return figure
 
 
@@ -132,9 +126,9 @@ def _group_means(record: RunRecord, members: Sequence[set[int]], part: str) -> l
     return means
 
 
-def _rank_groups(ranks: Sequence[int], most: int = 6) -> list[Sequence[int]]:
-    """The distinct ranks, in at most so many groups of neighbours."""
-    groups = min(most, len(ranks))
+def _rank_groups(ranks: Sequence[int]) -> list[Sequence[int]]:
+    """The distinct ranks: up to six stand alone, more in four groups of neighbours."""
+    groups = len(ranks) if len(ranks) <= 6 else 4
     bounds = [round(position * len(ranks) / groups) for position in range(groups + 1)]
     return [ranks[start:stop] for start, stop in pairwise(bounds)]
 
@@ -148,8 +142,15 @@ def _own_scores(record: RunRecord) -> dict[int, ClientScores]:
     }
 
 
+def _parts(entries: Sequence[ClientScores]) -> tuple[list[Scores | None], list[Scores | None]]:
+    return [entry.before for entry in entries], [entry.after for entry in entries]
+
+
+def _accuracy(scores: Scores | None) -> float:
+    value = score(scores, "accuracy")
+    return nan if value is None else value
+
+
 def _before_after_marks() -> list[Line2D]:
-    before = Line2D(
-        [], [], marker="o", linestyle="", color=INK, markerfacecolor="white", label="before training"
-    )
+    before = Line2D([], [], marker="o", linestyle="", color=INK, markerfacecolor="white", label="before training")
     return [before, Line2D([], [], marker="o", linestyle="", color=INK, label="after")]

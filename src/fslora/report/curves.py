@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from fslora.report.read import Baseline, RoundRow, RunRecord
-from fslora.report.style import INK, label, legend_above, line, run_styles, score, styled
+from fslora.report.style import INK, label, legend_above, line, round_axis, run_styles, score, styled
 from fslora.report.text import byte_unit, decimal, percent
 
 _Points = tuple[list[float], list[float]]
@@ -34,10 +34,10 @@ def accuracy_figure(records: Sequence[RunRecord]) -> Figure | None:
             handles.append(line(left, look, curve, f"{look.label}, newest {percent(curve[1][-1])}"))
             line(right, look, ([x / size for x in bytes_sent], values))
     handles += _reference((left, right), records, "accuracy")
-    left.set(title="by round", xlabel="round", ylabel="validation accuracy")
+    left.set(title="by round", ylabel="validation accuracy")
     right.set(title="by traffic", xlabel=f"bytes down and up, all clients so far ({unit})")
     _byte_scale(right, [xs for xs, _ in traffic])
-    left.xaxis.set_major_locator(MaxNLocator(integer=True))
+    round_axis(left)
     left.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     legend_above(figure, handles)
     return figure
@@ -64,46 +64,47 @@ def loss_figure(records: Sequence[RunRecord]) -> Figure | None:
         handles += _reference((panels[1],), records, "loss")
         panels[1].set(title="validation", ylabel="mean loss (nats)")
     for axes in panels:
-        axes.set_xlabel("round")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        round_axis(axes)
     legend_above(figure, handles)
     return figure
 
 
 @styled
 def coverage_figure(records: Sequence[RunRecord]) -> Figure | None:
-    """Returns holders by rank index, and the share of parts nobody held; None where no run has coverage."""
+    """Returns holders by rank index, and the share of parts nobody held; None where no run has coverage.
+
+    Folders that do not record ``unheld`` give a lower bound of that share; it is left out where it is zero.
+    """
     covered = [[row for row in record.rounds if row.coverage and row.layers] for record in records]
     if not any(covered):
         return None
-    figure = Figure(figsize=(10, 3.8))
-    left, right = figure.subplots(1, 2, width_ratios=[1.4, 1])
-    handles: list[Line2D] = []
+    shares = [[_unheld_share(row) for row in rows] for rows in covered]
     exact = all(row.unheld is not None for rows in covered for row in rows)
-    for look, rows in zip(run_styles(records), covered, strict=True):
-        if not rows:
-            continue
-        holders = _mean_holders(rows)
-        edges = [index - 0.5 for index in range(len(holders) + 1)]
-        left.stairs(holders, edges, color=look.colour, linewidth=1.6, baseline=None)
-        unheld: _Points = ([float(row.round) for row in rows], [_unheld_share(row) for row in rows])
-        handles.append(line(right, look, unheld, look.label, marked=len(rows) <= 40))
-    left.set(
-        title="holders of each part",
-        xlabel="rank index at the server",
-        ylabel="clients, mean over rounds, layers",
-    )
-    right.set(
-        title="parts that nobody held",
-        xlabel="round",
-        ylabel="share of parts" if exact else "share, at least",
-    )
-    left.set_ylim(bottom=0)
-    top = max((_unheld_share(row) for rows in covered for row in rows), default=0.0)
-    right.set_ylim(-0.02 * max(top, 0.1), max(1.1 * top, 0.1))
-    right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
-    for axes in (left, right):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    both = exact or any(map(any, shares))
+    figure = Figure(figsize=(10, 3.8))
+    panels = list(figure.subplots(1, 2 if both else 1, squeeze=False)[0])
+    handles: list[Line2D] = []
+    most = max(max(_mean_holders(rows)) for rows in covered if rows) or 1.0
+    for look, rows, unheld in zip(run_styles(records), covered, shares, strict=True):
+        if rows:
+            holders = _mean_holders(rows)
+            edges = [index - 0.5 for index in range(len(holders) + 1)]
+            # A run of small rank is drawn over the longer line of another that its own may coincide with.
+            on_top = 2 + 1 / len(holders)
+            panels[0].stairs(holders, edges, color=look.colour, linewidth=2, baseline=None, zorder=on_top)
+            handles.append(Line2D([], [], color=look.colour, linewidth=2, label=look.label))
+            if both:
+                line(panels[1], look, ([float(row.round) for row in rows], unheld))
+    panels[0].set(title="holders of each part", xlabel="rank index at the server", ylabel="clients, mean per round")
+    panels[0].set_ylim(0, 1.1 * most)
+    panels[0].margins(x=0.01)
+    panels[0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    if both:
+        panels[1].set(title="parts that nobody held", ylabel="share of parts" if exact else "share of parts, at least")
+        top = max(max(unheld, default=0.0) for unheld in shares)
+        panels[1].set_ylim(-0.02 * max(top, 0.1), max(1.1 * top, 0.1))
+        panels[1].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+        round_axis(panels[1])
     legend_above(figure, handles)
     return figure
 
@@ -130,9 +131,7 @@ def _reference(panels: Sequence[Axes], records: Sequence[RunRecord], metric: str
     if baseline is None or value is None:
         return []
     shown = percent(value) if metric == "accuracy" else decimal(value)
-    drawn = [
-        axes.axhline(value, color=INK, linestyle=(0, (4, 3)), linewidth=1.1, zorder=1.5) for axes in panels
-    ]
+    drawn = [axes.axhline(value, color=INK, linestyle=(0, (4, 3)), linewidth=1.1, zorder=1.5) for axes in panels]
     drawn[0].set_label(f"{label(baseline.name, 40)}, {shown}")
     return drawn[:1]
 
@@ -154,18 +153,12 @@ def _smooth(values: Sequence[float], reach: int = 2) -> list[float]:
 def _mean_holders(rows: Sequence[RoundRow]) -> list[float]:
     """Mean over rounds of the holders of each index per layer; rounds of another server rank are left out."""
     rank = len(rows[-1].coverage or ())
-    same = [
-        [held / row.layers for held in row.coverage]
-        for row in rows
-        if row.coverage and len(row.coverage) == rank
-    ]
+    same = [[held / row.layers for held in row.coverage] for row in rows if row.coverage and len(row.coverage) == rank]
     return [fmean(column) for column in zip(*same, strict=True)]
 
 
 def _unheld_share(row: RoundRow) -> float:
     """Share of (layer, index) parts without a holder; without ``unheld``, the least that the sums allow."""
     coverage = row.coverage or ()
-    unheld = (
-        sum(max(0.0, row.layers - held) for held in coverage) if row.unheld is None else float(row.unheld)
-    )
+    unheld = sum(max(0.0, row.layers - held) for held in coverage) if row.unheld is None else float(row.unheld)
     return unheld / (row.layers * len(coverage)) if coverage else 0.0

@@ -8,8 +8,19 @@ from matplotlib.figure import Figure
 
 from fslora.report.clients import bytes_figure, client_scores_figure
 from fslora.report.curves import accuracy_figure, coverage_figure, loss_figure
-from fslora.report.partition import partition_figure
+from fslora.report.partition import has_partition, partition_figure
 from fslora.report.read import RunRecord
+
+__all__ = [
+    "Drawn",
+    "accuracy_figure",
+    "bytes_figure",
+    "client_scores_figure",
+    "coverage_figure",
+    "draw_all",
+    "loss_figure",
+    "partition_figure",
+]
 
 NAMES = ("accuracy", "loss", "bytes", "coverage", "clients", "partition")
 """File names of all figures, in the order of the page."""
@@ -29,17 +40,18 @@ class Drawn:
 def draw_all(record: RunRecord) -> list[Drawn]:
     """Returns every figure that the run and its variants have data for, in the order of the page."""
     runs = record.runs
+    coverage = coverage_figure(runs)
+    still = _READ_UNHELD if coverage and len(coverage.axes) > 1 else ""
+    partition = partition_figure(record.data) if has_partition(record.data) else None
     drawn = (
         ("accuracy", "Validation accuracy", _READ_ACCURACY, accuracy_figure(runs)),
         ("loss", "Loss", _READ_LOSS, loss_figure(runs)),
         ("bytes", "What each client carries", _READ_BYTES, bytes_figure(record)),
-        ("coverage", "Which parts of the adapter are trained", _READ_COVERAGE, coverage_figure(runs)),
+        ("coverage", "Which parts of the adapter are trained", _READ_COVERAGE + still, coverage),
         ("clients", "Clients on their own data", _READ_CLIENTS, client_scores_figure(runs)),
-        ("partition", "Who holds which examples", _READ_PARTITION, partition_figure(record.data)),
+        ("partition", "Who holds which examples", _READ_PARTITION, partition),
     )
-    return [
-        Drawn(name, title, reading, figure) for name, title, reading, figure in drawn if figure is not None
-    ]
+    return [Drawn(name, title, reading, figure) for name, title, reading, figure in drawn if figure is not None]
 
 
 _READ_ACCURACY = (
@@ -47,19 +59,20 @@ _READ_ACCURACY = (
     "travelled, so that a run further left reaches its accuracy with less traffic."
 )
 _READ_LOSS = (
-    "Lower is better. The pale line is the mean local loss of each round's cohort, the strong one its running "
-    "mean over five rounds; cohorts differ, so single rounds jump."
+    "Lower is better. The pale line is the mean local loss of each round's cohort, the strong one its "
+    "running mean over five rounds; cohorts differ, so single rounds jump."
 )
 _READ_BYTES = (
-    "Clients from weak to strong: what each of them downloaded (solid) and sent back (hatched) so far. "
+    "The main run's clients from weak to strong: what each downloaded (solid) and sent back (hatched). "
     "Within one rank, taller bars belong to clients that were drawn for more rounds."
 )
 _READ_COVERAGE = (
-    "The server's adapter has one part per rank index and layer. Left, how many clients of a cohort hold each; "
-    "a level line means that all parts are trained equally often. Right, parts that stood still in a round."
+    "The server's adapter has one part per rank index and layer. Shown is how many clients hold a part in a "
+    "round; a level line means that all parts are trained equally often."
 )
+_READ_UNHELD = " Right, the parts that no client held, which stood still in that round."
 _READ_CLIENTS = (
-    "Each client's own held-out examples, from hollow (before) to filled (after). "
+    "Each client's own held-out examples in the main run, from hollow (before) to filled (after). "
     "These tests are small, so look at the means by rank (right) before single clients."
 )
 _READ_PARTITION = (

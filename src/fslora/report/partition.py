@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm
@@ -9,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from fslora.errors import ArtifactError
 from fslora.report.read import DataRecord
 from fslora.report.style import CATEGORIES, bar_width, by_rank, client_axis, label, rank_panel, styled
 from fslora.report.tables import label_name
@@ -20,15 +23,26 @@ _HEAT_ROW, _HEAT_LEAST, _HEAT_MOST = 0.2, 2.5, 13.0
 """Inches: height of one class while there is room; least and most for all of them."""
 
 
+def has_partition(data: DataRecord | None) -> TypeGuard[DataRecord]:
+    """Returns whether it is known which client holds how many examples of which class."""
+    return data is not None and bool(data.fleet) and any(map(any, data.partition.label_counts))
+
+
 @styled
-def partition_figure(data: DataRecord | None) -> Figure | None:
-    """Returns clients by classes under the clients' ranks; None where there is no fleet or no counts.
+def partition_figure(data: DataRecord) -> Figure:
+    """Returns clients by classes under the clients' ranks.
 
     Up to eight classes are stacked bars. More are a map with one row per class, which stays legible for about
     150 classes and 200 clients.
+
+    Raises:
+        ArtifactError: The record holds no fleet or no counts.
     """
-    if data is None or not data.fleet or not any(map(any, data.partition.label_counts)):
-        return None
+    if not has_partition(data):
+        raise ArtifactError(
+            "there is no partition to draw: data.json names no clients or counts none of their examples; "
+            "run the experiment again"
+        )
     order = by_rank(data.fleet)
     counts = _counts(data)[order]
     stacked = counts.shape[1] <= len(CATEGORIES)
@@ -69,7 +83,7 @@ def _stack(figure: Figure, axes: Axes, data: DataRecord, counts: Counts) -> None
         )
         base += held
     axes.set_ylabel("training examples")
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     names = [label(label_name(data, index), 32) for index in range(counts.shape[1])]
     handles = [Patch(facecolor=colour, label=name) for name, colour in zip(names, CATEGORIES, strict=False)]
     columns = max(1, min(len(names), 110 // (max(map(len, names)) + 6)))
@@ -80,7 +94,10 @@ def _heat(figure: Figure, axes: Axes, data: DataRecord, counts: Counts) -> None:
     clients, classes = counts.shape
     norm = PowerNorm(0.5, vmin=0, vmax=int(counts.max()))
     edges = (np.arange(clients + 1) - 0.5, np.arange(classes + 1) - 0.5)
-    mesh = axes.pcolormesh(*edges, np.ma.masked_equal(counts.T, 0), cmap=_COUNTS, norm=norm, rasterized=True)
+    shown = np.ma.masked_equal(counts.T, 0)
+    mesh = axes.pcolormesh(*edges, shown, cmap=_COUNTS, norm=norm, rasterized=True)
+    if counts.size <= 2000:
+        mesh.set(edgecolor="white", linewidth=0.5)
     axes.invert_yaxis()
     axes.grid(visible=False)
     every = max(1, round(classes / 150))

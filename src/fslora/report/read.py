@@ -139,7 +139,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run folder. Data and baseline of a variant are its parent's."""
+    """One run folder. Data and baseline of a variant are its parent's, unless it has its own."""
 
     path: Path
     name: str
@@ -206,11 +206,11 @@ def read_run(path: str | Path) -> RunRecord:
         raise ArtifactError(f"{folder} is not a folder; give the folder that `fslora run` wrote")
     if not _is_run(folder):
         raise ArtifactError(
-            f"{folder} is no run folder: it holds none of {', '.join(PARTS)}; "
-            "give the folder that `fslora run` wrote"
+            f"{folder} is no run folder: it holds none of {', '.join(PARTS)}; give the folder that `fslora run` wrote"
         )
-    is_variant = folder.parent.name == "variants" and _is_run(folder.parent.parent)
-    record = _read_one(folder, folder.parent.parent if is_variant else folder, main=not is_variant)
+    above = folder.resolve().parent
+    is_variant = above.name == "variants" and _is_run(above.parent)
+    record = _read_one(folder, above.parent if is_variant else folder, main=not is_variant)
     names = _variant_names(folder, record)
     variants = tuple(_read_one(folder / "variants" / name, folder, main=False) for name in names)
     return replace(record, variants=variants)
@@ -242,7 +242,11 @@ def parse_data(fields: Mapping[str, Any], source: str = "data.json") -> DataReco
 
 def _read_one(folder: Path, parent: Path, *, main: bool) -> RunRecord:
     config_text = _text(folder / "experiment.toml")
-    data, baseline = _json(parent / "data.json"), _json(parent / "baseline.json")
+    # A variant has files of its own where it changes what they describe.
+    data_path, baseline_path = (
+        folder / part if (folder / part).is_file() else parent / part for part in ("data.json", "baseline.json")
+    )
+    data, baseline = _json(data_path), _json(baseline_path)
     summary, environment = _json(folder / "summary.json"), _json(folder / "environment.json")
     return RunRecord(
         path=folder,
@@ -250,8 +254,8 @@ def _read_one(folder: Path, parent: Path, *, main: bool) -> RunRecord:
         config=_toml(folder / "experiment.toml", config_text),
         config_text=config_text,
         environment=environment or {},
-        data=None if data is None else parse_data(data, str(parent / "data.json")),
-        baseline=None if baseline is None else _validated(Baseline, baseline, parent / "baseline.json"),
+        data=None if data is None else parse_data(data, str(data_path)),
+        baseline=None if baseline is None else _validated(Baseline, baseline, baseline_path),
         rounds=_rounds(folder / "metrics.jsonl"),
         summary=None if summary is None else _validated(Summary, summary, folder / "summary.json"),
         main=main,
@@ -275,9 +279,7 @@ def _variant_names(folder: Path, record: RunRecord) -> list[str]:
 
 def _rounds(path: Path) -> tuple[RoundRow, ...]:
     """The rows by round; of a round that a resumed run wrote again, the newest."""
-    lines = [
-        (number, line) for number, line in enumerate(_bytes(path).split(b"\n"), 1) if line.strip(b" \r\t\0")
-    ]
+    lines = [(number, line) for number, line in enumerate(_bytes(path).split(b"\n"), 1) if line.strip(b" \r\t\0")]
     rows: dict[int, RoundRow] = {}
     for position, (number, line) in enumerate(lines):
         try:
@@ -302,8 +304,7 @@ def _validated(kind: type[Part], fields: object, source: str | Path) -> Part:
         where = ".".join(str(part) for part in item["loc"]) or "the whole"
         given = repr(item["input"])[:80]
         raise ArtifactError(
-            f"{source} is damaged: {where} is {given}: {item['msg']}; "
-            "restore the file or run the experiment again"
+            f"{source} is damaged: {where} is {given}: {item['msg']}; restore the file or run the experiment again"
         ) from None
     return value
 
@@ -351,6 +352,4 @@ def _bytes(path: Path) -> bytes:
         raise ArtifactError(f"{path} cannot be read: {error.strerror}; check its permissions") from None
 
 
-_FORMS: dict[type, TypeAdapter[Any]] = {
-    kind: TypeAdapter(kind) for kind in (RoundRow, DataRecord, Baseline, Summary)
-}
+_FORMS: dict[type, TypeAdapter[Any]] = {kind: TypeAdapter(kind) for kind in (RoundRow, DataRecord, Baseline, Summary)}

@@ -9,12 +9,11 @@ from functools import cache, wraps
 from math import isfinite
 from typing import ParamSpec, TypeVar
 
-import matplotlib
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, get_font
+from matplotlib.font_manager import findfont, fontManager, get_font
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
@@ -34,7 +33,6 @@ _LINES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5)))
 _MARKERS = "osD^vP"
 
 _STYLE = {
-    "font.family": "DejaVu Sans",
     "font.size": 9.0,
     "axes.titlesize": 9.5,
     "axes.titlelocation": "left",
@@ -57,7 +55,9 @@ _STYLE = {
     "svg.hashsalt": "fslora",
     "hatch.linewidth": 0.6,
 }
-_RANKS = LinearSegmentedColormap.from_list("ranks", ["#f2c14e", "#5aae8c", "#2a6f97", "#2d1e5f"])
+_WIDE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "PingFang SC", "Microsoft YaHei")
+"""Fonts for what the first lacks; a character that none of them has is drawn as a box."""
+_RANKS = LinearSegmentedColormap.from_list("ranks", ["#b9a5e3", "#8468c4", "#5b3f9e", "#2b1a5a"])
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def styled(draw: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(draw)
     def drawn(*args: P.args, **kwargs: P.kwargs) -> R:
-        with style.context(["default", _STYLE]):
+        with style.context(["default", {**_STYLE, "font.family": _families()}]):
             return draw(*args, **kwargs)
 
     return drawn
@@ -83,10 +83,10 @@ def styled(draw: Callable[P, R]) -> Callable[P, R]:
 
 @styled
 def save(figure: Figure, form: str) -> bytes:
-    """Returns the figure as a file: ``svg`` (the same bytes each time) or ``png`` (200 dots per inch)."""
+    """Returns the figure as a file, ``svg``, ``png`` (200 dots per inch) or ``pdf``; the same bytes each time."""
     buffer = io.BytesIO()
-    metadata = {"Date": None} if form == "svg" else {"Software": None}
-    figure.savefig(buffer, format=form, dpi=200, metadata=metadata)
+    stamp = {"svg": "Date", "pdf": "CreationDate"}.get(form, "Software")
+    figure.savefig(buffer, format=form, dpi=200, metadata={stamp: None})
     return buffer.getvalue()
 
 
@@ -104,13 +104,10 @@ def run_styles(records: Sequence[RunRecord]) -> list[RunStyle]:
 
 
 def rank_colours(fleet: Sequence[Client]) -> dict[int, str]:
-    """Returns a colour per rank of the fleet, light for low and dark for high."""
+    """Returns a colour per rank of the fleet, light for low and dark for high, in a hue that no run has."""
     ranks = sorted({client.rank for client in fleet})
     last = max(1, len(ranks) - 1)
-    return {
-        rank: to_hex(_RANKS(position / last if len(ranks) > 1 else 0.6))
-        for position, rank in enumerate(ranks)
-    }
+    return {rank: to_hex(_RANKS(position / last if len(ranks) > 1 else 0.6)) for position, rank in enumerate(ranks)}
 
 
 def by_rank(fleet: Sequence[Client]) -> list[int]:
@@ -138,9 +135,15 @@ def rank_panel(axes: Axes, fleet: Sequence[Client], order: Sequence[int]) -> Non
     axes.grid(visible=False, axis="x")
 
 
+def round_axis(axes: Axes) -> None:
+    """Labels an axis of rounds."""
+    axes.set_xlabel("round")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+
+
 def client_axis(axes: Axes, fleet: Sequence[Client], order: Sequence[int]) -> None:
     """Labels the shared axis of clients: with ids while they are legible."""
-    axes.set_xlim(-0.7, len(order) - 0.3)
+    axes.set_xlim(-0.5, len(order) - 0.5)
     axes.grid(visible=False, axis="x")
     if len(order) <= 60:
         size, turned = (8, 0) if len(order) <= 32 else (6.5, 90)
@@ -173,20 +176,26 @@ def line(
 ) -> Line2D:
     """Draws one run's curve in its style and returns it for the legend."""
     marker = look.marker if marked and len(curve[0]) <= 40 else ""
-    line = axes.plot(
-        *curve, color=look.colour, linestyle=look.line, marker=marker, markersize=4, linewidth=1.6
-    )[0]
+    line = axes.plot(*curve, color=look.colour, linestyle=look.line, marker=marker, markersize=4, linewidth=1.6)[0]
     line.set_label(name)
     return line
 
 
 def legend_above(figure: Figure, handles: Sequence[Line2D]) -> None:
     """Puts the legend above all panels, where it covers no data."""
-    columns = 1 if any(len(str(handle.get_label())) > 60 for handle in handles) else min(len(handles), 3)
+    longest = max((len(str(handle.get_label())) for handle in handles), default=1)
+    columns = max(1, min(len(handles), 110 // (longest + 6)))
     figure.legend(handles=list(handles), loc="outside upper left", ncols=columns)
 
 
 @cache
+def _families() -> list[str]:
+    """The report's font, which matplotlib brings along, then what is installed of the wider ones."""
+    installed = set(fontManager.get_font_names())
+    return ["DejaVu Sans", *(name for name in _WIDE_FONTS if name in installed)]
+
+
+@cache
 def _glyphs() -> frozenset[int]:
-    with matplotlib.rc_context({"font.family": "DejaVu Sans"}):
-        return frozenset(get_font(findfont("DejaVu Sans")).get_charmap())
+    """The characters that the fonts can draw."""
+    return frozenset(char for name in _families() for char in get_font(findfont(name)).get_charmap())

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -18,6 +20,7 @@ from fslora.report.text import (
     decimal,
     duration,
     margin95,
+    markdown_text,
     percent,
     plain,
     points,
@@ -37,6 +40,8 @@ class Column:
     show: Callable[[Any], str] = plain
     number: bool = True
     """Whether the column is aligned to the right."""
+    minor: int = 0
+    """How soon a narrow terminal leaves it out: the highest first, 0 never."""
 
 
 @dataclass(frozen=True)
@@ -53,29 +58,56 @@ class Table:
 
     def compact(self) -> Table:
         """Returns the table without the columns that no row has a value for."""
-        used = tuple(
-            column for column in self.columns if any(row.get(column.key) is not None for row in self.rows)
-        )
+        used = tuple(column for column in self.columns if any(row.get(column.key) is not None for row in self.rows))
         return Table(self.title, used, self.rows)
 
     def dicts(self) -> list[Row]:
         """Returns the rows for JSON."""
         return [dict(row) for row in self.rows]
 
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Prints the table as wide as the terminal allows: minor columns are left out until it fits."""
+        yield self._rich(self._fitting(options.max_width))
+
     def rich(self) -> RichTable:
-        """Returns the table for the terminal; no cell is read as markup."""
-        table = RichTable(title=Text(self.title), title_justify="left", title_style="bold")
-        for column in self.columns:
-            table.add_column(Text(column.title), justify="right" if column.number else "left")
-        for cells in self.cells():
-            table.add_row(*(Text(cell) for cell in cells))
+        """Returns the table for the terminal with all its columns; printing the table itself makes it fit."""
+        return self._rich(self.columns)
+
+    def _rich(self, columns: Sequence[Column]) -> RichTable:
+        """No cell is read as markup."""
+        title = Text(self.title, style="bold")
+        titled = any(column.title for column in columns)
+        table = RichTable(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, show_header=titled)
+        for column in columns:
+            # A fixed width breaks the title of a number before it breaks the number; text takes what is left.
+            if column.number:
+                table.add_column(Text(column.title), justify="right", width=self._width(column))
+            else:
+                table.add_column(Text(column.title), min_width=self._width(column))
+        for row in self.rows:
+            table.add_row(*(Text(_cell(column, row)) for column in columns))
         return table
+
+    def _fitting(self, width: int) -> tuple[Column, ...]:
+        columns = self.columns
+        while sum(self._width(column) + 3 for column in columns) > width:
+            least = max(columns, key=lambda column: column.minor)
+            if not least.minor:
+                break
+            columns = tuple(column for column in columns if column is not least)
+        return columns
+
+    def _width(self, column: Column) -> int:
+        """Characters that the terminal needs: titles of numbers break at spaces, long text anywhere."""
+        widest = max((len(_cell(column, row)) for row in self.rows), default=0)
+        words = column.title.split(" ") or [""]
+        return max(widest if column.number else min(widest, 16), *map(len, words))
 
     def markdown(self) -> str:
         """Returns the table as Markdown (GitHub's), without its title."""
-        lines = ["| " + " | ".join(_escaped(column.title) for column in self.columns) + " |"]
+        lines = ["| " + " | ".join(markdown_text(column.title) for column in self.columns) + " |"]
         lines.append("| " + " | ".join("---:" if column.number else "---" for column in self.columns) + " |")
-        lines += ["| " + " | ".join(_escaped(cell) for cell in cells) + " |" for cells in self.cells()]
+        lines += ["| " + " | ".join(markdown_text(cell) for cell in cells) + " |" for cells in self.cells()]
         return "\n".join(lines) + "\n"
 
 
@@ -122,7 +154,7 @@ def fleet_table(data: DataRecord, top: int = 3) -> Table:
         Column("classes", "classes held", count),
         Column("top", "most frequent classes", _top_text, number=False),
     )
-    return Table("Clients", columns, tuple(rows)).compact()
+    return Table("What each client holds", columns, tuple(rows)).compact()
 
 
 def class_table(data: DataRecord) -> Table:
@@ -157,13 +189,11 @@ def statistics_table(data: DataRecord) -> Table:
     facts: list[tuple[str, object]] = [("data set", data.name), ("classes", len(data.label_names) or None)]
     facts += [(f"{split} examples", number) for split, number in data.examples.items()]
     facts += [("texts cut at the longest length", data.truncated)]
-    facts += list(_flat(data.statistics))
+    facts += list(flat(data.statistics))
     facts += [("partition", data.partition.kind), ("partition digest", data.partition.digest or None)]
-    facts += [(f"partition {key}", value) for key, value in _flat(data.partition.notes)]
+    facts += [(f"partition {key}", value) for key, value in flat(data.partition.notes)]
     rows = tuple({"fact": name, "value": value} for name, value in facts if value is not None)
-    return Table(
-        "Data", (Column("fact", "", number=False), Column("value", "", fact_text, number=False)), rows
-    )
+    return Table("Data", (Column("fact", "", number=False), Column("value", "", fact_text, number=False)), rows)
 
 
 def clients_table(record: RunRecord) -> Table:
@@ -188,7 +218,7 @@ def clients_table(record: RunRecord) -> Table:
                 "gain": after - before if after is not None and before is not None else None,
             }
         )
-    return Table("Clients", _CLIENTS, tuple(rows)).compact()
+    return Table("What each client did", _CLIENTS, tuple(rows)).compact()
 
 
 def dropped_table(records: Sequence[RunRecord]) -> Table:
@@ -222,9 +252,7 @@ def trained_ranks(record: RunRecord) -> list[int]:
     recorded = {client: rank for row in record.rounds for client, rank in row.client_ranks.items()}
     if recorded:
         return list(recorded.values())
-    covered = [
-        row for row in record.rounds if row.coverage and row.layers and row.clients and not row.dropped
-    ]
+    covered = [row for row in record.rounds if row.coverage and row.layers and row.clients and not row.dropped]
     if covered and all(set(row.coverage or ()) == {len(row.clients) * row.layers} for row in covered):
         return sorted({len(row.coverage or ()) for row in covered})
     fleet = [client.rank for client in record.fleet]
@@ -255,12 +283,22 @@ def fact_text(value: object) -> str:
     return plain(value, 200)
 
 
+def flat(values: Mapping[str, Any], prefix: str = "", *, dots: bool = False) -> Iterator[tuple[str, object]]:
+    """Yields the leaves of nested tables under their path: ``a.b`` with dots, ``a: b`` without."""
+    for key, value in values.items():
+        name = f"{prefix}{key}" if dots else f"{prefix}{key}".replace("_", " ")
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{name}." if dots else f"{name}: ", dots=dots)
+        else:
+            yield name, value
+
+
 def _run_row(record: RunRecord) -> Row:
     summary, rounds = record.summary, record.rounds
     examples = _test_examples(record)
     after = _accuracy(summary.test.after) if summary else None
     down, up = (summary.bytes_down, summary.bytes_up) if summary else (None, None)
-    seconds = summary.seconds if summary else None
+    seconds = summary.train_seconds if summary else None
     return {
         "run": record.name,
         "method": record.method,
@@ -272,7 +310,7 @@ def _run_row(record: RunRecord) -> Row:
         "margin": margin95(after, examples),
         "bytes_down": sum(row.bytes_down for row in rounds) if down is None else down,
         "bytes_up": sum(row.bytes_up for row in rounds) if up is None else up,
-        "seconds": sum(row.seconds for row in rounds) if seconds is None else seconds,
+        "train_seconds": sum(row.seconds for row in rounds) if seconds is None else seconds,
         "adapter_parameters": summary.adapter_parameters if summary else None,
     }
 
@@ -311,37 +349,24 @@ def _top_text(classes: list[Row]) -> str:
     return ", ".join(f"{plain(entry['class'], 30)} {percent(entry['share'], 0)}" for entry in classes)
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
-    for key, value in values.items():
-        name = f"{prefix}{key}".replace("_", " ")
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{name}: ")
-        else:
-            yield name, value
-
-
 def _cell(column: Column, row: Row) -> str:
     value = row.get(column.key)
     return NONE if value is None else column.show(value)
 
 
-def _escaped(cell: str) -> str:
-    return "".join(f"\\{char}" if char in "\\`*_[]<>|#~" else char for char in cell)
-
-
 _CLOSING = (
     Column("run", "run", number=False),
-    Column("method", "method", number=False),
+    Column("method", "method", number=False, minor=5),
     Column("ranks", "client ranks"),
-    Column("rounds", "rounds"),
+    Column("rounds", "rounds", minor=4),
     Column("validation", "validation, newest", percent),
-    Column("test_before", "test before", percent),
+    Column("test_before", "test before", percent, minor=1),
     Column("test_after", "test after", percent),
-    Column("margin", "± (95 %)", lambda share: f"{100 * share:.1f}"),
+    Column("margin", "±\N{NO-BREAK SPACE}95\N{NO-BREAK SPACE}%", lambda share: f"{100 * share:.1f}", minor=3),
     Column("bytes_down", "down", byte_text),
     Column("bytes_up", "up", byte_text),
-    Column("seconds", "time", duration),
-    Column("adapter_parameters", "adapter parameters", count),
+    Column("train_seconds", "training", duration, minor=2),
+    Column("adapter_parameters", "adapter parameters", count, minor=6),
 )
 _CLIENTS = (
     Column("client", "client"),

@@ -17,6 +17,11 @@ def plain(text: object, limit: int = 80) -> str:
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
+def markdown_text(text: str) -> str:
+    """Returns text that Markdown shows as it is."""
+    return "".join(f"\\{char}" if char in "\\`*_[]<>|#~" else char for char in text)
+
+
 def percent(share: float | None, digits: int = 1) -> str:
     """Returns a share between 0 and 1 in percent."""
     return NONE if share is None or not isfinite(share) else f"{100 * share:.{digits}f} %"
@@ -24,11 +29,7 @@ def percent(share: float | None, digits: int = 1) -> str:
 
 def points(difference: float | None) -> str:
     """Returns the difference of two shares in percentage points, with its sign."""
-    return (
-        NONE
-        if difference is None or not isfinite(difference)
-        else f"{100 * difference:+.1f}".replace("-", "−")
-    )
+    return NONE if difference is None or not isfinite(difference) else f"{100 * difference:+.1f}".replace("-", "−")
 
 
 def decimal(value: float | None) -> str:
@@ -39,6 +40,11 @@ def decimal(value: float | None) -> str:
 def count(number: int | None) -> str:
     """Returns a whole number with its thousands apart."""
     return NONE if number is None else f"{number:,}"
+
+
+def counted(number: int, thing: str) -> str:
+    """Returns a number of things, such as ``1 round`` or ``3 rounds``."""
+    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
 
 
 def byte_unit(largest: float) -> tuple[float, str]:

@@ -1,0 +1,236 @@
+"""The command line: thin, typed, and the only place that prints results."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from fslora import __version__
+from fslora.errors import ArtifactError, ConfigError, FsloraError
+
+app = typer.Typer(
+    name="fslora",
+    help="Federated LoRA fine-tuning of language models across unequal clients.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ExperimentFile = Annotated[
+    Path | None, typer.Argument(help="TOML file; without one, the embedded default.", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one key; may be repeated.")
+]
+RunPath = Annotated[Path, typer.Argument(help="A run folder.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes; only the result.")]
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    experiment: ExperimentFile = None,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder [default: runs/TIME-METHOD].", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fine-tune one model over unequal clients, and write a run folder with adapter and page."""
+    from fslora import config
+
+    chosen = config.load(experiment, overrides or ())
+    path = out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{chosen.method.name}"
+    from fslora import runner
+
+    with _interruptible(path):
+        runner.start(chosen, path, _terminal(quiet))
+    _print_closing(path, as_json, quiet)
+
+
+@app.command()
+def resume(path: RunPath, as_json: AsJson = False, quiet: Quiet = False) -> None:
+    """Continue a stopped run; it ends as if it had never stopped."""
+    from fslora import runner
+
+    with _interruptible(path):
+        runner.resume(path, _terminal(quiet))
+    _print_closing(path, as_json, quiet)
+
+
+@app.command()
+def data(
+    experiment: ExperimentFile = None,
+    overrides: Overrides = None,
+    plot: Annotated[Path, typer.Option(help="Where the plot goes (.png, .svg or .pdf).")] = Path("partition.png"),
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show who holds what: statistics, clients by class, ranks; no model is loaded."""
+    from fslora import config
+    from fslora.prepare import prepare_sites
+    from fslora.report import class_table, fleet_table, parse_data, partition_figure, statistics_table
+
+    described = prepare_sites(config.load(experiment, overrides or ())).describe()
+    record = parse_data(described)
+    try:
+        partition_figure(record).savefig(plot, dpi=150)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"--plot {plot} cannot be written: {error}") from None
+    if as_json:
+        _print_json({**described, "plot": str(plot)})
+        return
+    console = Console(highlight=False)
+    tables = (fleet_table(record),) if quiet else (statistics_table(record), class_table(record), fleet_table(record))
+    for table in tables:
+        console.print(table.rich())
+    console.print(f"partition digest {described['partition']['digest']}\nplot: {plot}", soft_wrap=True)
+
+
+@app.command("eval")
+def evaluate(path: RunPath, as_json: AsJson = False, quiet: Quiet = False) -> None:
+    """Score a run's adapter before and after training, globally and on each client's own held-out examples."""
+    from fslora import evaluation
+
+    result = evaluation.evaluate_run(path, _terminal(quiet or as_json))
+    if as_json:
+        _print_json(result)
+        return
+    console = Console(highlight=False)
+    for table in evaluation.tables(result):
+        console.print(table)
+
+
+@app.command()
+def export(
+    path: RunPath,
+    to: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
+    rank: Annotated[int | None, typer.Option(min=1, help="Best approximation of this lower rank.")] = None,
+    energy: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Lowest rank that keeps this share of energy.")
+    ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Write base and adapter as one ordinary model.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a run's newest adapter as a PEFT folder (optionally of lower rank), or merged into the base."""
+    from fslora import evaluation
+
+    result = evaluation.export_run(path, to, rank, energy, merge, _terminal(quiet or as_json))
+    if as_json:
+        _print_json(result)
+    else:
+        print(result["summary"])
+
+
+@app.command()
+def report(path: RunPath, as_json: AsJson = False, quiet: Quiet = False) -> None:
+    """Write the page, figures and tables of a run folder again; works for unfinished runs too."""
+    from fslora.runfolder import RunFolder
+    from fslora.runner import write_report
+
+    write_report(RunFolder.open(path))
+    _print_closing(path, as_json, quiet)
+
+
+@app.command()
+def init(
+    to: Annotated[Path, typer.Argument(help="The file to write.")] = Path("experiment.toml"),
+    overrides: Overrides = None,
+) -> None:
+    """Write the embedded default as a commented TOML file to start from."""
+    from fslora import config
+
+    text = config.commented_toml(config.load(None, overrides or ()))
+    try:
+        with to.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise ConfigError(f"{to} exists already; name another file") from None
+    except OSError as error:
+        raise ArtifactError(f"{to} cannot be written: {error}") from None
+    print(f"{to} written; run it with `fslora run {to}`")
+
+
+@app.command()
+def doctor(as_json: AsJson = False, quiet: Quiet = False) -> None:
+    """Show versions, devices, extras and whether hubs are switched off; exit 1 when the main job cannot run."""
+    from fslora import diagnosis
+
+    findings = diagnosis.examine()
+    if as_json:
+        _print_json({"healthy": diagnosis.healthy(findings), "findings": [finding.as_dict() for finding in findings]})
+    elif not quiet:
+        table = RichTable("", "what", "found", "remedy")
+        for finding in findings:
+            table.add_row(finding.mark, finding.what, finding.found, finding.remedy)
+        Console(highlight=False).print(table)
+    if not diagnosis.healthy(findings):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Runs the command line. Exit codes: 0 done, 1 failed, 2 wrong input, 130 stopped."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        app()
+    except FsloraError as error:
+        print(f"fslora: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@contextmanager
+def _interruptible(path: Path) -> Iterator[None]:
+    """Says how to go on when a run is stopped; what it had done is in its folder."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if (path / "experiment.toml").is_file():
+            print(f"\nstopped; {path} holds what was done. Go on with: fslora resume {path}", file=sys.stderr)
+        raise
+
+
+def _terminal(quiet: bool) -> Any:
+    from fslora.console import Terminal
+
+    return Terminal(quiet)
+
+
+def _print_closing(path: Path, as_json: bool, quiet: bool) -> None:
+    from fslora.report import closing_table, read_run
+
+    record = read_run(path)
+    table = closing_table(record.runs)
+    if as_json:
+        _print_json({"run": str(path), "page": str(path / "report.html"), "runs": table.dicts()})
+        return
+    console = Console(highlight=False)
+    console.print(table.rich())
+    lines = [f"page     {path / 'report.html'}", f"adapter  {path / 'adapter'}"]
+    print(path if quiet else "\n".join(lines))
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))

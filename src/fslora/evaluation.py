@@ -1,0 +1,99 @@
+"""`fslora eval` and `fslora export`: what one does with a run folder afterwards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from fslora.config import load
+from fslora.errors import ArtifactError, ConfigError
+from fslora.evaluate import predict
+from fslora.export import export_merged, import_peft, lower_rank, rank_for_energy
+from fslora.prepare import Federation, Workshop
+from fslora.report.text import percent
+from fslora.runfolder import RunFolder
+from fslora.runner import Stage, client_scores, write_adapter
+from fslora.types import Adapter
+
+
+def evaluate_run(path: Path, stage: Stage) -> dict[str, Any]:
+    """Returns the scores of a run's exported adapter before and after training, on test and per client.
+
+    Raises:
+        ArtifactError: The path is no run folder, or no adapter was exported yet.
+    """
+    federation = _federation(path, stage)
+    after = import_peft(path / "adapter")
+    _check(after, federation)
+    method = federation.experiment.method
+    before = method.global_adapter(method.init(federation.template, federation.sites.fleet, federation.rng))
+    scores = {
+        name: predict(federation.base, adapter, federation.test).scores()
+        for name, adapter in (("before", before), ("after", after))
+    }
+    return {"run": str(path), "test": scores, "clients": client_scores(federation, before, after)}
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    """Returns the result of ``evaluate_run`` for the terminal."""
+    whole = Table("", "before", "after", title="Global adapter on the test split", title_justify="left")
+    for key, show in (("accuracy", percent), ("loss", "{:.4f}".format)):
+        whole.add_row(key, *(show(result["test"][when][key]) for when in ("before", "after")))
+    clients = Table(
+        "client", "rank", "examples", "before", "after", title="Global adapter on own examples", title_justify="left"
+    )
+    for entry in result["clients"]:
+        accuracy = [percent(entry[when] and entry[when]["accuracy"]) for when in ("before", "after")]
+        clients.add_row(str(entry["id"]), str(entry["rank"]), str(entry["examples"]), *accuracy)
+    return [whole, clients] if result["clients"] else [whole]
+
+
+def export_run(
+    path: Path, to: Path, rank: int | None, energy: float | None, merge: bool, stage: Stage
+) -> dict[str, Any]:
+    """Writes a run's newest adapter to a folder, and returns what was written.
+
+    Raises:
+        ArtifactError: The run has no checkpoint yet, or the target exists or cannot be written.
+        ConfigError: The rank asked for is larger than the adapter's, or both rank and energy are given.
+    """
+    if rank is not None and energy is not None:
+        raise ConfigError("--rank and --energy are both given; give one of them")
+    if to.exists():
+        raise ArtifactError(f"{to} exists already; name a new folder with --to")
+    folder = RunFolder.open(path)
+    newest = folder.load_checkpoint()
+    if newest is None:
+        raise ArtifactError(f"{path} holds no checkpoint yet; `fslora resume {path}` goes on with it")
+    federation = _federation(path, stage)
+    rounds, state = newest
+    adapter = federation.experiment.method.global_adapter(state)
+    full = next(iter(adapter.layers.values())).rank
+    if rank is not None and rank > full:
+        raise ConfigError(f"--rank is {rank}, but the adapter has rank {full}; give a lower one")
+    kept = 1.0
+    if energy is not None:
+        rank = rank_for_energy(adapter, energy)
+    if rank is not None and rank < full:
+        adapter, kept = lower_rank(adapter, rank)
+    if merge:
+        export_merged(adapter, federation.base, to)
+        kind = "merged model"
+    else:
+        write_adapter(federation, adapter, to, rounds)
+        kind = "PEFT adapter"
+    summary = f"{to}: {kind}, rank {rank or full} of {full}, {kept:.2%} of the update's energy, after {rounds} rounds"
+    return {"folder": str(to), "rank": rank or full, "energy": kept, "rounds": rounds, "summary": summary}
+
+
+def _federation(path: Path, stage: Stage) -> Federation:
+    RunFolder.open(path)
+    stage.note(f"Preparing data and base of {path} ...")
+    return Workshop().federation(load(path / "experiment.toml"))
+
+
+def _check(adapter: Adapter, federation: Federation) -> None:
+    if set(adapter.layers) != set(federation.base.targets):
+        raise ArtifactError("the adapter's layers are not those of the run's base; was adapter/ replaced by hand?")

@@ -1,0 +1,249 @@
+"""Writes a run's report: one self-contained HTML page, its figures as files, and a Markdown summary."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from base64 import b64encode
+from collections.abc import Iterator
+from contextlib import suppress
+from html import escape
+from pathlib import Path
+
+from fslora.errors import ArtifactError
+from fslora.report.figures import NAMES, Drawn, draw_all
+from fslora.report.headline import Headline, changes, headline
+from fslora.report.read import RunRecord, read_run
+from fslora.report.style import save
+from fslora.report.tables import (
+    Column,
+    Table,
+    class_table,
+    clients_table,
+    closing_table,
+    dropped_table,
+    fact_text,
+    flat,
+    fleet_table,
+    statistics_table,
+)
+from fslora.report.text import count, markdown_text, plain
+
+_SVG_LIMIT = 300_000
+"""Bytes above which a figure is embedded as PNG where that is smaller: a large fleet has many marks."""
+_OPEN_ROWS = 12
+"""Rows up to which a table is shown unfolded."""
+_Files = dict[str, dict[str, bytes]]
+
+
+def write_page(run_dir: str | Path) -> Path:
+    """Returns the path of the report.html that it wrote, with figures/ and summary.md beside it.
+
+    Raises:
+        ArtifactError: The folder is no run folder, is damaged, or cannot be written.
+    """
+    record = read_run(run_dir)
+    drawn = draw_all(record)
+    files: _Files = {entry.name: {form: save(entry.figure, form) for form in ("svg", "png")} for entry in drawn}
+    folder = record.path / "figures"
+    for name in NAMES:
+        for form in ("svg", "png"):
+            _put(folder / f"{name}.{form}", files[name][form] if name in files else None)
+    top = headline(record)
+    _put(record.path / "summary.md", _markdown(record, top, drawn).encode())
+    page = record.path / "report.html"
+    _put(page, _html(record, top, drawn, files).encode())
+    return page
+
+
+def _html(record: RunRecord, top: Headline, drawn: list[Drawn], files: _Files) -> str:
+    """The page. Everything that comes from the run folder passes through `escape`."""
+    pictures = {entry.name: _picture(entry, files[entry.name]) for entry in drawn}
+    body = [
+        *_head_section(record, top),
+        *_section("Runs", _runs_part(record)),
+        *_section("Training", (pictures[name] for name in ("accuracy", "loss") if name in pictures)),
+        *_section("Fleet", (pictures[name] for name in ("bytes", "coverage") if name in pictures)),
+        *_section("Clients", _clients_part(record, pictures)),
+        *_section("Data", _data_part(record, pictures)),
+        *_section("Refused updates", _dropped_part(record)),
+        *_section("Use it", _use_part(record)),
+        *_section("Settings", _settings_part(record)),
+    ]
+    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+    version = plain(record.environment.get("fslora", ""))
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(plain(record.name))} · fslora report</title>\n"
+        f"<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(body)
+        + f"\n<footer>Written by fslora {escape(version)} from the run folder alone. "
+        "Bytes are decimal: 1 MB is 1,000,000 bytes.</footer>\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _head_section(record: RunRecord, top: Headline) -> Iterator[str]:
+    state = "finished" if record.finished else "not finished"
+    badge = f'<span class="badge {"done" if record.finished else "open"}">{state}</span>'
+    yield f"<header><h1>{escape(plain(record.name))} {badge}</h1>"
+    yield f'<p class="what">{escape(top.what)}</p>\n<p class="result">{escape(top.result)}</p>'
+    tiles = (
+        f"<div><dt>{escape(tile.name)}</dt><dd>{escape(tile.value)}</dd><dd>{escape(tile.remark)}</dd></div>"
+        for tile in top.tiles
+    )
+    yield '<dl class="tiles">' + "".join(tiles) + "</dl>"
+    if top.notes:
+        yield '<ul class="notes">' + "".join(f"<li>{escape(note)}</li>" for note in top.notes) + "</ul>"
+    yield "</header>"
+
+
+def _section(title: str, parts: Iterator[str]) -> Iterator[str]:
+    """A section; nothing where there is nothing in it."""
+    content = list(parts)
+    if content:
+        yield f"<section><h2>{escape(title)}</h2>"
+        yield from content
+        yield "</section>"
+
+
+def _runs_part(record: RunRecord) -> Iterator[str]:
+    yield _drawn(closing_table(record.runs))
+    examples = record.data.examples.get("test") if record.data else None
+    sampled = f" of {count(examples)} test examples" if examples else ""
+    yield _remark(
+        "Before and after: test accuracy without and with federated training. "
+        f"± is the 95 % sampling error{sampled}; it does not hold what another seed would change. "
+        "Down and up: all clients together."
+    )
+    changed = changes(record)
+    if changed and record.main:
+        rows = tuple({"variant": name, "change": text} for name, text in changed.items())
+        columns = (
+            Column("variant", "variant", number=False),
+            Column("change", "changes", lambda text: plain(text, 300), number=False),
+        )
+        yield _table(Table("What the variants change", columns, rows), folded=False)
+
+
+def _clients_part(record: RunRecord, pictures: dict[str, str]) -> Iterator[str]:
+    if "clients" in pictures:
+        yield pictures["clients"]
+    if record.fleet and record.rounds:
+        yield _table(clients_table(record))
+
+
+def _data_part(record: RunRecord, pictures: dict[str, str]) -> Iterator[str]:
+    if "partition" in pictures:
+        yield pictures["partition"]
+    if record.data:
+        yield _table(statistics_table(record.data), folded=False)
+        for table in (class_table(record.data), fleet_table(record.data)):
+            if table.rows:
+                yield _table(table)
+
+
+def _dropped_part(record: RunRecord) -> Iterator[str]:
+    table = dropped_table(record.runs)
+    if table.rows:
+        yield _remark("These clients trained, but what they sent could not be used.")
+        yield _table(table)
+
+
+def _use_part(record: RunRecord) -> Iterator[str]:
+    started = {run.name for run in record.runs}
+    if not all(run.finished for run in record.runs) or (record.main and not started >= changes(record).keys()):
+        path = record.path if record.main else record.path.resolve().parent.parent
+        yield "<p>Go on where it stopped:</p>" + _code(f"fslora resume {shlex.quote(str(path))}")
+    if not (record.path / "adapter").is_dir():
+        yield "<p>There is no adapter folder yet; it is written when the run ends or is interrupted.</p>"
+        return
+    model = record.setting("model", "name")
+    base = f"# base: the run's frozen base model, {plain(model)}\n" if model else ""
+    adapter = json.dumps(str(record.path / "adapter"), ensure_ascii=False)
+    state = "trained adapter" if record.finished else "adapter of the newest checkpoint"
+    how = "; its README.md shows the whole way to a label" if (record.path / "adapter" / "README.md").is_file() else ""
+    yield f"<p>The {state} is in PEFT's format{how}:</p>"
+    yield _code(f"from peft import PeftModel\n\n{base}model = PeftModel.from_pretrained(base, {adapter})")
+
+
+def _settings_part(record: RunRecord) -> Iterator[str]:
+    if record.config_text:
+        yield f"<details><summary>The resolved experiment</summary>{_code(record.config_text)}</details>"
+    if record.environment:
+        rows = tuple({"key": key, "value": value} for key, value in flat(record.environment))
+        columns = (Column("key", "", number=False), Column("value", "", fact_text, number=False))
+        yield _table(Table("Environment", columns, rows), folded=True)
+
+
+def _picture(entry: Drawn, files: dict[str, bytes]) -> str:
+    vector = len(files["svg"]) <= max(_SVG_LIMIT, len(files["png"]))
+    form, kind = ("svg", "svg+xml") if vector else ("png", "png")
+    source = f"data:image/{kind};base64,{b64encode(files[form]).decode()}"
+    title = escape(entry.title)
+    return (
+        f'<figure id="figure-{entry.name}"><h3>{title}</h3><img src="{source}" alt="{title}">'
+        f"<figcaption>{escape(entry.reading)}</figcaption></figure>"
+    )
+
+
+def _table(table: Table, *, folded: bool | None = None) -> str:
+    """A table under its title, folded where it is long."""
+    if folded if folded is not None else len(table.rows) > _OPEN_ROWS:
+        size = f" ({len(table.rows)})" if folded is None else ""
+        return f"<details><summary>{escape(table.title)}{size}</summary>{_drawn(table)}</details>"
+    return f"<h3>{escape(table.title)}</h3>{_drawn(table)}"
+
+
+def _drawn(table: Table) -> str:
+    classes = [' class="number"' if column.number else "" for column in table.columns]
+    columns = zip(table.columns, classes, strict=True)
+    titles = "".join(f'<th scope="col"{kind}>{escape(column.title)}</th>' for column, kind in columns)
+    head = f"<thead><tr>{titles}</tr></thead>" if any(column.title for column in table.columns) else ""
+    rows = "\n".join(_row(cells, classes) for cells in table.cells())
+    return f'<div class="scroll"><table>{head}<tbody>\n{rows}\n</tbody></table></div>'
+
+
+def _row(cells: list[str], classes: list[str]) -> str:
+    parts = (f"<td{kind}>{escape(cell)}</td>" for cell, kind in zip(cells, classes, strict=True))
+    return "<tr>" + "".join(parts) + "</tr>"
+
+
+def _remark(text: str) -> str:
+    return f'<p class="remark">{escape(text)}</p>'
+
+
+def _code(text: str) -> str:
+    return f"<pre><code>{escape(text)}</code></pre>"
+
+
+def _markdown(record: RunRecord, top: Headline, drawn: list[Drawn]) -> str:
+    parts = [
+        f"# {markdown_text(plain(record.name))}",
+        markdown_text(top.what),
+        f"**{markdown_text(top.result)}**",
+    ]
+    parts += ["\n".join(f"- {markdown_text(note)}" for note in top.notes)] if top.notes else []
+    parts += [closing_table(record.runs).markdown().rstrip()]
+    for entry in drawn:
+        parts += [f"## {entry.title}", f"![{entry.title}](figures/{entry.name}.png)", entry.reading]
+    return "\n\n".join(parts) + "\n"
+
+
+def _put(path: Path, content: bytes | None) -> None:
+    """Replaces a file in one step; without content, removes what an earlier report left."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        if content is None:
+            path.unlink(missing_ok=True)
+            return
+        path.parent.mkdir(exist_ok=True)
+        beside.write_bytes(content)
+        os.replace(beside, path)
+    except OSError as error:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise ArtifactError(
+            f"{path} cannot be written: {error.strerror}; free the disk or make the folder writable, then report again"
+        ) from None
