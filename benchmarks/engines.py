@@ -113,7 +113,7 @@ def measure(peers: dict[str, Callable[[], object]], repeats: int) -> dict[str, d
     return times
 
 
-def peak_memory(args: argparse.Namespace, peer: str) -> int:
+def memory_of(args: argparse.Namespace, peer: str) -> int:
     """Bytes, of a fresh process that runs two rounds of one peer."""
     command = [sys.executable, __file__, "--only", peer, "--clients", args.clients, "--batch", args.batch]
     command += ["--tokens", args.tokens, "--targets", args.targets, "--repeats", 1]
@@ -141,9 +141,8 @@ def main() -> None:
         "settings": {k: v for k, v in vars(args).items() if k not in ("only", "out")},
         "environment": dict(environment()),
     }
-    print(
-        f"{args.clients} clients x batch {args.batch} x {args.tokens} tokens, {args.targets}, {torch.get_num_threads()} threads"
-    )
+    size = f"{args.clients} clients x batch {args.batch} x {args.tokens} tokens"
+    print(f"{size}, {args.targets}, {torch.get_num_threads()} threads")
     print("| peer | client-steps/s (wall) | cohort is faster by, wall | by, processor time | peak memory |")
     print("| --- | ---: | ---: | ---: | ---: |")
     for name, taken in times.items():
@@ -151,7 +150,7 @@ def main() -> None:
             kind: [other / ours for other, ours in zip(taken[kind], times["cohort"][kind], strict=True)]
             for kind in ("wall", "cpu")
         }
-        memory = peak_memory(args, name)
+        memory = memory_of(args, name)
         shown = {kind: f"{statistics.median(r):.2f} ({min(r):.2f}-{max(r):.2f})" for kind, r in ratios.items()}
         rate = steps / statistics.median(taken["wall"])
         print(f"| {name} | {rate:.1f} | {shown['wall']} | {shown['cpu']} | {memory / 2**20:.0f} MiB |")

@@ -18,7 +18,10 @@ from fslora.models.load import load_base
 from fslora.rng import Rng
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-WORDS = ["the", "a", "an", "of", "to", "in", "is", "was", "returns", "object", "file", "name", "value", "list", "string", "error", "if", "not", "when", "this", "that", "with", "for", "good", "bad", "fine", "poor", "great", "awful", "happy", "sad", "cat", "dog", "sat", "ran", "on", "mat", "road", "fast", "slow", "red", "blue", "one", "two", "three"]
+WORDS = (
+    "the a an of to in is was returns object file name value list string error if not when this that with for "
+    "good bad fine poor great awful happy sad cat dog sat ran on mat road fast slow red blue one two three"
+).split()
 ARCHITECTURES = ("bert", "roberta", "distilbert", "llama", "gpt2")
 LABELS = ("no", "yes", "maybe")
 

@@ -1,4 +1,4 @@
-"""Whole adapters, rank-one parts and small SVDs, each against a slow dense reference or numbers done by hand."""
+"""Whole adapters, rank-one parts and small SVDs, against slow dense references or numbers done by hand."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_all_finite_looks_at_every_tensor(value):
 
 
 def test_initial_adapter_is_peft_like_and_addressed_by_layer():
-    """A ~ U(±1/sqrt(d_in)), B = 0, scale alpha/r (alpha/sqrt(r) rank-stabilised); a layer's draw is its own."""
+    """A ~ U(±1/sqrt(d_in)), B = 0, scale alpha/r (alpha/sqrt(r) rank-stabilised); layers draw apart."""
     head = {"head.weight": torch.ones(2, 2)}
 
     def fresh(layers, rank=64, rslora=False):
@@ -244,7 +244,7 @@ def streamed(rank: int, sent) -> ScatterMean:
 @LAWS
 @given(contributions(), st.sampled_from(["cohort", "holders"]))
 def test_scatter_mean_is_the_naive_dense_loop(made, over):
-    """mean_j = Σ w_i x_ij / Σ w_i over the cohort, or over the holders of part j; dense tensors over the cohort."""
+    """mean_j = Σ w_i x_ij / Σ w_i over the cohort, or over part j's holders; dense tensors over the cohort."""
     rank, sent = made
     mean = streamed(rank, sent).mean(over)
     expected = naive_mean(rank, sent, over)
@@ -258,7 +258,7 @@ def test_scatter_mean_is_the_naive_dense_loop(made, over):
 @LAWS
 @given(contributions(), st.sampled_from(["cohort", "holders"]))
 def test_scatter_mean_does_not_depend_on_the_order(made, over):
-    """The same updates in any order give the same mean: bit for bit, because sums of whole numbers are exact."""
+    """Any order gives the same mean: bit for bit, because sums of whole numbers are exact."""
     rank, sent = made
     forwards = streamed(rank, sent).mean(over)
     for order in list(permutations(sent))[:: max(1, len(sent))]:
@@ -350,7 +350,7 @@ def test_holders_counts_by_layer():
 
 @pytest.mark.parametrize(("d_in", "d_out", "rank"), SHAPES)
 def test_small_svd_is_the_dense_svd(d_in, d_out, rank):
-    """scale · Bᵀt A = U diag(S) Vᵀ with orthonormal U and V, and S that of torch.linalg.svd of the product."""
+    """scale · Bᵀt A = U diag(S) Vᵀ with orthonormal U and V, and S that of the product's dense SVD."""
     pair = random_pair(d_in, d_out, rank)
     u, s, v = small_svd(pair)
     count = min(d_in, d_out, rank)
@@ -366,7 +366,7 @@ def test_small_svd_is_the_dense_svd(d_in, d_out, rank):
 @LAWS
 @given(st.sampled_from(SHAPES), st.integers(0, 10**6))
 def test_signs_are_fixed_by_the_product_alone(shape, seed):
-    """Each column of U has its largest entry positive; (-B, -A) gives the U and V of (B, A), (B/4, 4 A) its S."""
+    """Each column of U has its largest entry positive; (-B, -A) gives (B, A)'s U and V, (B/4, 4 A) its S."""
     pair = random_pair(*shape, seed=seed)
     u, s, v = small_svd(pair)
     assert (u.gather(0, u.abs().argmax(0, keepdim=True)) > 0).all()
@@ -405,7 +405,7 @@ def test_truncation_is_eckart_young(d_in, d_out, rank):
 
 
 def test_truncation_beats_other_pairs_of_its_rank():
-    """No pair of rank k found by taking or by drawing is nearer than the truncation (Eckart-Young's optimality)."""
+    """No pair of rank k, taken or drawn, is nearer than the truncation (Eckart-Young's optimality)."""
     pair = random_pair(7, 5, 5)
     best = (pair.delta - truncated(pair, 2)[0].delta).norm()
     for first in range(5):

@@ -1,4 +1,4 @@
-"""The experiment: what is accepted comes back unchanged, what is impossible is refused before anything runs."""
+"""The experiment: what is accepted comes back unchanged, what cannot be is refused before anything runs."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_the_embedded_default_compares_with_two_references():
 
 
 def test_an_empty_file_is_the_field_defaults(tmp_path):
-    """A file says what differs from the field defaults; the embedded default's variants are not among them."""
+    """A file says what differs from the field defaults; the embedded default's variants are not in it."""
     assert load(written(tmp_path, "")) == Experiment()
 
 
@@ -184,7 +184,7 @@ def test_a_variant_changes_only_what_it_names(fields):
 
 
 def test_the_commented_form_explains_every_key():
-    """Each key of each table stands in the commented TOML under its own description; absent ones as a comment."""
+    """Each key stands in the commented TOML under its own description; one without a value as a comment."""
     experiment = load(None, ["method.name=fedit"])
     text = commented_toml(experiment)
     prose = " ".join(line.removeprefix("# ") for line in text.splitlines() if line.startswith("# "))

@@ -1,4 +1,4 @@
-"""What leaves a run: PEFT folders that transformers and PEFT compute with, merged models, checkpoints, run folders."""
+"""What leaves a run: PEFT folders that PEFT itself computes with, merged models, checkpoints, run folders."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def assert_unchanged(model, before: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("rslora", [False, True], ids=["alpha/r", "alpha/sqrt(r)"])
 def test_peft_computes_what_we_compute(tiny_base, tiny_folder, tmp_path, architecture, rslora):
-    """W0 x + scale B A x and the trained head give the same logits in PEFT on a fresh model as base.using(adapter)."""
+    """W0 x + scale B A x and the trained head: PEFT on a fresh model gives the logits of base.using(adapter)."""
     base = tiny_base(architecture)
     template = base.template(AdapterConfig(rank=4, alpha=3.0, rslora=rslora))
     adapter = trained_adapter(template, 4)
@@ -129,6 +129,16 @@ def test_peft_computes_what_we_compute(tiny_base, tiny_folder, tmp_path, archite
     assert_same(import_peft(folder), adapter)
     headless = Adapter(adapter.layers, template.dense)
     assert (ours(base, headless, batch) - expected).abs().max() > 100 * LOGITS, "the head changes nothing"
+
+
+@pytest.mark.parametrize("architecture", ["roberta", "gpt2"])
+def test_what_peft_saves_can_be_read(tiny_base, tiny_folder, tmp_path, architecture):
+    """import_peft of a folder that PEFT wrote, after it loaded ours, gives back the same bits."""
+    base = tiny_base(architecture)
+    adapter = trained_adapter(base.template(AdapterConfig(rank=4)), 4)
+    folder = export_peft(adapter, base.head, base.name, tmp_path / "ours")
+    loaded_by_peft(tiny_folder(architecture), folder).save_pretrained(tmp_path / "theirs")
+    assert_same(import_peft(tmp_path / "theirs"), adapter)
 
 
 def test_peft_takes_chosen_targets(tiny_base, tiny_folder, tmp_path):
@@ -149,7 +159,7 @@ def test_peft_takes_chosen_targets(tiny_base, tiny_folder, tmp_path):
 
 
 def test_a_pooler_that_the_checkpoint_lacks_travels_with_the_head(tmp_path):
-    """A BERT saved without its pooler: the drawn pooler is part of the head, is exported, and PEFT restores it."""
+    """A BERT saved without its pooler: the drawn one is part of the head, is exported, and PEFT restores it."""
     from conftest import tiny_model, tiny_tokenizer
     from fslora.config import ModelConfig
     from fslora.models.load import load_base
@@ -172,7 +182,7 @@ def test_a_pooler_that_the_checkpoint_lacks_travels_with_the_head(tmp_path):
 
 
 def test_an_exported_folder_is_plain_peft(tmp_path):
-    """lora_alpha = scale · rank, A [r i] and B [o r] under PEFT's names, and a README that says what it is."""
+    """lora_alpha = scale · rank, A [r i] and B [o r] under PEFT's names, and a README."""
     adapter = trained_adapter(small_template(), 4)
     folder = export_peft(adapter, ("classifier",), "some/base", tmp_path / "adapter", card="Trained by twelve.\n")
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -319,7 +329,7 @@ def test_a_damaged_or_foreign_adapter_is_refused(tmp_path, damage):
 
 
 def test_lower_rank_is_the_best_of_its_rank_in_every_layer():
-    """Each layer becomes its Eckart-Young truncation; the energy is the mean over the layers; the head stays."""
+    """Each layer becomes its Eckart-Young truncation; energy is the mean over the layers; the head stays."""
     adapter = trained_adapter(small_template(), 4)
     cut, energy = lower_rank(adapter, 2)
     shares = []
@@ -378,7 +388,7 @@ def test_a_lower_rank_runs_in_peft(tiny_base, tiny_folder, tmp_path):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_merged_model_is_an_ordinary_one(tiny_base, tmp_path, architecture):
-    """W0 + scale B A and the head in one model: same logits and labels when reloaded; the base keeps its bits."""
+    """W0 + scale B A and the head in one model: same logits and labels, reloaded; the base keeps its bits."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     base = tiny_base(architecture)
@@ -430,7 +440,7 @@ def assert_same_state(left: ServerState, right: ServerState) -> None:
 
 
 def test_a_checkpoint_gives_back_the_same_bits(tmp_path):
-    """load_checkpoint after save_checkpoint: the rounds done and a bit-equal state, slots and scalars included."""
+    """load_checkpoint after save_checkpoint: the rounds done and a bit-equal state, slots and scalars too."""
     state = trained_state()
     assert state.slots.keys() == {"first_moment", "second_moment"}
     RunFolder(tmp_path).save_checkpoint(12, state)
@@ -469,7 +479,7 @@ def test_only_the_newest_checkpoint_is_kept(tmp_path):
 
 
 def test_the_newest_of_several_is_loaded(tmp_path):
-    """A crash between writing and removing leaves two: the later one counts, and a partial one does not."""
+    """A crash between writing and removing leaves two: the later one counts, a partial one does not."""
     folder = RunFolder(tmp_path)
     folder.save_checkpoint(9, trained_state(9))
     kept = shutil.copytree(tmp_path / "checkpoints" / "round-000009", tmp_path / "kept")
@@ -541,7 +551,7 @@ def test_metrics_come_back_as_they_were_appended(tmp_path):
 
 
 def test_a_last_line_cut_anywhere_is_left_out(tmp_path):
-    """A crash may cut the last line at any byte: the rows before it are all there, and it is there once whole."""
+    """A crash may cut the last line at any byte: the rows before it are all there, and it once it is whole."""
     folder = RunFolder(tmp_path)
     rows = [{"round": number, "validation": {"loss": 0.5, "text": "größer"}} for number in range(3)]
     for row in rows:
@@ -556,7 +566,7 @@ def test_a_last_line_cut_anywhere_is_left_out(tmp_path):
 
 
 def test_rewinding_drops_what_came_after(tmp_path):
-    """rewind(n) returns the rows up to round n and leaves just these in the file, a cut line among what goes."""
+    """rewind(n) returns the rows up to round n and leaves just these in the file; a cut line goes too."""
     folder = RunFolder(tmp_path)
     for number in range(5):
         folder.append_metrics({"round": number})
@@ -578,7 +588,7 @@ def test_rewinding_an_empty_folder_writes_no_rows(tmp_path):
 
 
 def test_a_run_folder_is_new_and_empty(tmp_path):
-    """create makes the folder, refuses one with something in it and names resume; open wants an experiment.toml."""
+    """create makes the folder and refuses one with something in it; open wants an experiment.toml."""
     folder = RunFolder.create(tmp_path / "deep" / "run")
     assert list(folder.path.iterdir()) == []
     assert RunFolder.create(folder.path) == folder, "an empty folder will do"

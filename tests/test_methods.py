@@ -1,7 +1,7 @@
 """Every registered method: one contract; then the equations of FSLoRA, FedIT and the server optimizers.
 
-The contract is driven with a fake local training on small tensors, so that it needs no model; a method added to
-the registry falls under it by itself. What needs real gradients runs on a tiny real model at the end.
+The contract is driven with a fake local training on small tensors, so that it needs no model; a method
+added to the registry falls under it by itself. What needs real gradients runs on a tiny real model at the end.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ def cloned(state: ServerState) -> ServerState:
 
 
 def test_the_registry_names_its_methods():
-    """METHODS[name].name = name; every field is described and every table frozen; an unknown name lists the known."""
+    """METHODS[name].name = name; fields are described, tables frozen; an unknown name lists the known."""
     for name, kind in METHODS.items():
         assert kind.name == name
         assert method_class(name) is kind
@@ -240,7 +240,7 @@ def test_starts_as_the_base_model(method):
 
 @every_method
 def test_the_global_adapter_fits_the_model(method):
-    """Served pairs have the layers' shapes, one rank and the template's scale at that rank: exportable as one LoRA."""
+    """Served pairs have the layers' shapes, one rank and the template's scale at it: exportable as one LoRA."""
     adapter = method.global_adapter(trained_state(method))
     assert adapter.layers.keys() == TEMPLATE.layers.keys()
     ranks = {pair.rank for pair in adapter.layers.values()}
@@ -280,7 +280,7 @@ def test_the_seed_matters(method):
 
 @every_method
 def test_the_order_of_asking_does_not_matter(method):
-    """Broadcasts depend on state, client and round alone: asked backwards, twice, or for one client, they are equal.
+    """Broadcasts depend on state, client and round alone: asked again, and backwards, they are equal.
 
     So does the initial state on the fleet as a set.
     """
@@ -330,7 +330,7 @@ def test_a_state_survives_the_disk(method):
 
 @every_method
 def test_bytes_are_those_of_the_tensors(method):
-    """Broadcast.nbytes and ClientUpdate.nbytes are the sums over the tensors that travel, index sets included."""
+    """Broadcast.nbytes and ClientUpdate.nbytes are sums over the tensors that travel, index sets included."""
     state, round = trained_state(method), plan(0)
     updates = updates_of(method, state, round)
     for client, update in zip(round.cohort, updates, strict=True):
@@ -348,7 +348,7 @@ def test_bytes_are_those_of_the_tensors(method):
 
 @every_method
 def test_an_update_answers_its_broadcast(method):
-    """It names its client, counts its examples, and has the shapes and the index sets of what was received."""
+    """It names its client, counts its examples, and has the shapes and index sets of what was received."""
     state, round = trained_state(method), plan(0)
     for client, update in zip(round.cohort, updates_of(method, state, round), strict=True):
         broadcast = method.broadcast(state, client, round)
@@ -423,7 +423,7 @@ plain_fslora = pytest.mark.parametrize("method", PLAIN_FSLORAS.values(), ids=PLA
 
 
 def algorithm_box(method: FSLoRA, state: ServerState, updates: list[ClientUpdate]) -> dict[str, np.ndarray]:
-    """Algorithm 1's server line, entry by entry in float64: x_j + Σ w_i Δ_ij / Σ w_i (of cohort or of holders)."""
+    """Algorithm 1's server line in float64, by entries: x_j + Σ w_i Δ_ij / Σ w_i (of cohort or of holders)."""
     weights = [float(u.examples) if method.weighting == "examples" else 1.0 for u in updates]
     result = {}
     for key, tensor in state.adapter.tensors().items():
@@ -468,7 +468,7 @@ def test_fslora_bytes_follow_the_papers_formula(method):
 
 @plain_fslora
 def test_fslora_leaves_unselected_parts_alone(method):
-    """Under server SGD without momentum, parts outside every client's I keep their bits, and parts inside move."""
+    """Under plain server SGD, parts outside every client's I keep their bits, and parts inside move."""
     state, round = trained_state(method), plan(2, (0, 1))
     updates = updates_of(method, state, round)
     after = method.aggregate(state, iter(updates), round)
@@ -505,7 +505,7 @@ def all_full(method: Method, average: str = "holders") -> ServerState:
 @pytest.mark.parametrize("sketch", ["independent", "balanced", "nested"])
 @pytest.mark.parametrize("average", ["cohort", "holders"])
 def test_fslora_at_full_rank_is_fedit(sketch, average):
-    """k_i = r for all and server lr 1: three rounds of FSLoRA are FedIT's of the server's rank, bit for bit."""
+    """k_i = r for all, server lr 1: three rounds of FSLoRA are FedIT's at the server's rank, bit for bit."""
     ours = all_full(FSLoRA(sketch=sketch, average=average))
     assert_same_state(ours, all_full(FedIT(rank="server", weighting="uniform")))
 
@@ -658,7 +658,7 @@ def test_fedit_depends_on_how_a_product_is_factored():
 
 @pytest.mark.parametrize(("rank", "expected"), [("smallest", 1), ("server", RANK), (3, 3)])
 def test_fedit_trains_everybody_at_one_rank(rank, expected):
-    """'smallest' is the weakest client's rank, 'server' the server's; all get the whole adapter and no index set.
+    """'smallest' is the weakest client's rank, 'server' the server's; all get the whole adapter, no index set.
 
     Bytes per layer are r (d_in + d_out) · 4.
     """
@@ -703,7 +703,7 @@ def torch_optimizer(server: ServerOptimizer, parameters: list[torch.Tensor]) -> 
 
 @pytest.mark.parametrize("server", SERVERS.values(), ids=SERVERS.keys())
 def test_the_servers_step_is_torchs(server):
-    """server_step(Δ) = torch's optimizer on the pseudo-gradient -Δ, over rounds, with its state through the disk."""
+    """server_step(Δ) = torch's optimizer on the pseudo-gradient -Δ, over rounds, its state through the disk."""
     state = trained_state(FSLoRA())
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in state.adapter.tensors().items()}
     stepper = torch_optimizer(server, list(leaves.values()))
@@ -826,7 +826,7 @@ def bert(tiny_base):
 
 @pytest.mark.parametrize("method", DEFAULTS.values(), ids=DEFAULTS.keys())
 def test_every_method_learns(bert, method):
-    """On a separable task, eight rounds of real local training lower the held-out loss well below the start's."""
+    """On a separable task, eight rounds of real training lower the held-out loss well below the start's."""
     federation = Federation(bert, (1, 2, 4, 8))
     before = federation.loss(method, method.init(federation.template, federation.fleet, Rng(0)))
     state = federation.run(method, 8)

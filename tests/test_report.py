@@ -383,7 +383,7 @@ def test_the_closing_table_has_the_same_rows_in_every_form(whole: tuple[Path, Pa
 
 def printed(table: Table, width: int) -> str:
     file = io.StringIO()
-    Console(width=width, file=file, color_system=None).print(table)
+    Console(width=width, file=file, color_system=None).print(table.rich())
     return file.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""The sketch: its index sets, its expectation and variance, and that a sketched layer is a plain rank-k LoRA."""
+"""The sketch: its index sets, its mean and variance, and that a sketched layer is a plain rank-k LoRA."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_each_clients_own_set_is_uniform(kind, position):
     expected = draws / len(subsets)
     statistic = sum((counts[subset] - expected) ** 2 / expected for subset in subsets)
     freedom = len(subsets) - 1
-    # Pearson's chi-square has mean f and variance 2 f; the draws are fixed by their seeds, so this never flickers.
+    # Pearson's chi-square has mean f and variance 2 f; the seeds are fixed, so this never flickers.
     assert statistic < freedom + 4 * (2 * freedom) ** 0.5
 
 
@@ -217,7 +217,7 @@ ALPHA = 3.0
 
 @pytest.mark.parametrize(("r", "k"), RANKS)
 def test_a_sketched_layer_is_a_plain_rank_k_lora(r, k):
-    """W0 + (alpha/r) B S A = W0 + (alpha/k) B_I A_I; its gradients are equal inside I and exactly 0 outside."""
+    """W0 + (alpha/r) B S A = W0 + (alpha/k) B_I A_I; gradients are equal inside I and exactly 0 outside."""
     pair = random_pair(r, 4, 3, ALPHA / r)
     for index in list(combinations(range(r), k))[::3]:
         S = torch.zeros(r, r, dtype=torch.float64)
@@ -241,7 +241,7 @@ def test_a_sketched_layer_is_a_plain_rank_k_lora(r, k):
 def trained_both_ways(optimizer, steps: int, r: int = 6, index: tuple[int, ...] = (1, 4)):
     """(rank-k layer, the masked full pair read back, the start's rows), each as (A_I, Bt_I).
 
-    The masked way is the papers' first code: B S in the place of B, its gradient times S², divided by r/k at the end.
+    The masked way trains B S in the place of B, with its gradient times S², and divides by r/k at the end.
     """
     k, rows = len(index), list(index)
     pair = random_pair(r, 4, 3, ALPHA / r)
@@ -271,7 +271,7 @@ def trained_both_ways(optimizer, steps: int, r: int = 6, index: tuple[int, ...] 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_masked_sgd_is_rank_k_sgd(momentum):
-    """SGD: masking the pair with grad(B S) times S² and dividing by r/k trains the rank-k layer, step for step."""
+    """SGD: masking the pair with grad(B S) times S² and dividing by r/k is training the rank-k layer."""
     plain, masked, start = trained_both_ways(lambda p: torch.optim.SGD(p, lr=0.05, momentum=momentum), steps=5)
     for left, right, before in zip(plain, masked, start, strict=True):
         torch.testing.assert_close(left, right, atol=EXACT, rtol=0)
@@ -279,7 +279,7 @@ def test_masked_sgd_is_rank_k_sgd(momentum):
 
 
 def test_masked_adam_is_not_rank_k_adam():
-    """AdamW: S² is normalised away, so the step of B read back from the masked pair is k/r of the rank-k layer's."""
+    """AdamW: S² is normalised away, so B's step, read back from the masked pair, is k/r of the rank-k layer's."""
     r, index = 6, (1, 4)
     plain, masked, start = trained_both_ways(
         lambda p: torch.optim.AdamW(p, lr=0.01, eps=1e-12, weight_decay=0.0), 1, r, index
@@ -309,7 +309,7 @@ def broadcast_of(method: FSLoRA, rslora: bool = False, k: int = 4, round_number:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shared_rows", [False, True])
 def test_a_broadcast_is_the_rows_of_one_index_set_for_a_and_b(kind, shared_rows):
-    """The client gets A[I] and Bt[I] of one I per layer (one for all layers if shared), and the head whole."""
+    """The client gets A[I] and Bt[I] of one I per layer (one for all if shared), and the head whole."""
     state, broadcast = broadcast_of(FSLoRA(sketch=kind, shared_rows=shared_rows))
     for name, pair in broadcast.adapter.layers.items():
         index = broadcast.rows[name].long()

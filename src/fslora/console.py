@@ -44,7 +44,7 @@ class RoundBar:
     def client_done(self, loss: float) -> None:
         """Moves the bar by one client's share of the round."""
         self._done += 1
-        self._facts["loss"] = f"{loss:.3f}" if "loss" not in self._facts else self._facts["loss"]
+        self._facts.setdefault("loss", f"{loss:.3f}")
         self._progress.update(self._task, completed=self._number - 1 + self._done / self._of)
         self._show()
 

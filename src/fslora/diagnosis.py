@@ -6,7 +6,6 @@ import importlib.util
 import os
 import platform
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -47,10 +46,7 @@ def healthy(findings: Sequence[Finding]) -> bool:
 
 
 def _versions() -> list[Finding]:
-    python = Finding("python", "ok", platform.python_version())
-    if sys.version_info < (3, 11):
-        python = Finding("python", "broken", platform.python_version(), "install Python 3.11 or newer")
-    findings = [python]
+    findings = [Finding("python", "ok", platform.python_version())]
     for package in CORE:
         try:
             findings.append(Finding(package, "ok", version(package)))

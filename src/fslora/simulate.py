@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
+from math import isfinite
 from typing import Any, Protocol
 
 import torch
@@ -193,7 +194,7 @@ class Simulation:
 
 def refusal(update: ClientUpdate, trained: Trained) -> str | None:
     """Returns why an update must not be averaged, or None when it may."""
-    if not all(loss == loss and abs(loss) != float("inf") for loss in trained.losses):
+    if not all(isfinite(loss) for loss in trained.losses):
         return "its loss was not finite"
     if not all_finite(update.delta):
         return "its update was not finite"

@@ -163,7 +163,8 @@ def _use_part(record: RunRecord) -> Iterator[str]:
     base = f"# base: the run's frozen base model, {plain(model)}\n" if model else ""
     adapter = json.dumps(str(record.path / "adapter"), ensure_ascii=False)
     state = "trained adapter" if record.finished else "adapter of the newest checkpoint"
-    how = "; its README.md shows the whole way to a label" if (record.path / "adapter" / "README.md").is_file() else ""
+    explained = (record.path / "adapter" / "README.md").is_file()
+    how = "; its README.md shows the whole way to a label" if explained else ""
     yield f"<p>The {state} is in PEFT's format{how}:</p>"
     yield _code(f"from peft import PeftModel\n\n{base}model = PeftModel.from_pretrained(base, {adapter})")
 

@@ -83,7 +83,7 @@ def styled(draw: Callable[P, R]) -> Callable[P, R]:
 
 @styled
 def save(figure: Figure, form: str) -> bytes:
-    """Returns the figure as a file, ``svg``, ``png`` (200 dots per inch) or ``pdf``; the same bytes each time."""
+    """Returns the figure as a file, ``svg``, ``png`` or ``pdf``; the same bytes each time."""
     buffer = io.BytesIO()
     stamp = {"svg": "Date", "pdf": "CreationDate"}.get(form, "Software")
     figure.savefig(buffer, format=form, dpi=200, metadata={stamp: None})

@@ -8,7 +8,7 @@ from math import isfinite
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -65,16 +65,13 @@ class Table:
         """Returns the rows for JSON."""
         return [dict(row) for row in self.rows]
 
+    def rich(self) -> RenderableType:
+        """Returns what a rich console prints: minor columns are left out until the rest fits its width."""
+        return self
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Prints the table as wide as the terminal allows: minor columns are left out until it fits."""
-        yield self._rich(self._fitting(options.max_width))
-
-    def rich(self) -> RichTable:
-        """Returns the table for the terminal with all its columns; printing the table itself makes it fit."""
-        return self._rich(self.columns)
-
-    def _rich(self, columns: Sequence[Column]) -> RichTable:
-        """No cell is read as markup."""
+        """Draws the table for one console; no cell is read as markup."""
+        columns = self._fitting(options.max_width)
         title = Text(self.title, style="bold")
         titled = any(column.title for column in columns)
         table = RichTable(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, show_header=titled)
@@ -86,7 +83,7 @@ class Table:
                 table.add_column(Text(column.title), min_width=self._width(column))
         for row in self.rows:
             table.add_row(*(Text(_cell(column, row)) for column in columns))
-        return table
+        yield table
 
     def _fitting(self, width: int) -> tuple[Column, ...]:
         columns = self.columns
