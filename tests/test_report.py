@@ -416,7 +416,9 @@ def test_client_tables_add_up_to_the_rounds(whole: tuple[Path, Page]) -> None:
     assert sum(row["examples"] for row in classes) == sum(client.examples for client in record.fleet)
     held = fleet_table(record.data).dicts()
     assert held[0]["top"][0]["share"] >= 0.5
-    assert {"fact": "tokens: mean", "value": 18.4} in statistics_table(record.data).dicts()
+    facts = statistics_table(replace(record.data, statistics={"test examples": 1000, "a": {"b": 18.4}})).dicts()
+    assert {"fact": "a: b", "value": 18.4} in facts
+    assert [row["fact"] for row in facts].count("test examples") == 1
 
 
 def test_curves_are_the_recorded_values(whole: tuple[Path, Page]) -> None:
@@ -686,7 +688,7 @@ def test_text_is_readable() -> None:
     assert [duration(seconds) for seconds in (4.25, 59, 131.4, 3599.7, 7260)] == [
         "4.2 s", "59 s", "2 min 11 s", "1 h 00 min", "2 h 01 min",
     ]  # fmt: skip
-    assert points(-0.0123) == "−1.2"
+    assert [points(share) for share in (-0.0123, 0.0, -0.0001, 0.2)] == ["−1.2", "0.0", "0.0", "+20.0"]
     assert plain("a\n b\x00" + "c" * 90, 10) == "a b�ccccc…"
     # Wilson's interval for 50 of 100 is 0.404 to 0.596.
     assert margin95(0.5, 100) == pytest.approx(0.0962, abs=5e-5)

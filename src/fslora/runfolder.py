@@ -100,12 +100,14 @@ class RunFolder:
     def metrics(self, up_to: int | None = None) -> list[dict[str, Any]]:
         """Returns the rows up to a round; a last line that a crash cut short is left out."""
         path = self.path / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         rows = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        for number, line in enumerate(lines, start=1):
             try:
                 rows.append(json.loads(line))
-            except ValueError:
-                break
+            except ValueError as error:
+                if number < len(lines):
+                    raise ArtifactError(f"{path}, line {number} is damaged: {error}. Delete that line") from None
         return [row for row in rows if up_to is None or row["round"] <= up_to]
 
     def rewind(self, round_number: int) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ import torch
 import fslora
 from fslora.baseline import frozen_baseline
 from fslora.config import Experiment, load, to_toml
+from fslora.errors import FsloraError
 from fslora.evaluate import Predictions, predict
 from fslora.export import export_peft
 from fslora.prepare import Federation, Workshop
@@ -77,10 +78,16 @@ def carry_out(experiment: Experiment, folder: RunFolder, workshop: Workshop, sta
             inside = folder.variant(name)
             if (inside.read_json("summary.json") or {}).get("finished"):
                 continue
+            other = workshop.federation(varied)
             inside.write_text("experiment.toml", to_toml(varied))
-            _run_one(workshop.federation(varied), inside, name, before, stage)
-    finally:
-        write_report(folder)
+            if other.sites is not federation.sites:
+                inside.write_json("data.json", other.sites.describe(other.truncated))
+            _run_one(other, inside, name, before, stage)
+    except BaseException:
+        with suppress(FsloraError):  # the page must not hide what stopped the run
+            write_report(folder)
+        raise
+    write_report(folder)
 
 
 def write_report(folder: RunFolder) -> Path:

@@ -59,8 +59,8 @@ _READ_ACCURACY = (
     "travelled, so that a run further left reaches its accuracy with less traffic."
 )
 _READ_LOSS = (
-    "Lower is better. The pale line is the mean local loss of each round's cohort, the strong one its "
-    "running mean over five rounds; cohorts differ, so single rounds jump."
+    "Lower is better. Left, the mean local loss of each round's cohort; from ten rounds on, the strong line is its "
+    "running mean over five rounds and the pale one the rounds themselves, which jump because cohorts differ."
 )
 _READ_BYTES = (
     "The main run's clients from weak to strong: what each downloaded (solid) and sent back (hatched). "

@@ -187,9 +187,13 @@ def statistics_table(data: DataRecord) -> Table:
     facts += [(f"{split} examples", number) for split, number in data.examples.items()]
     facts += [("texts cut at the longest length", data.truncated)]
     facts += list(flat(data.statistics))
-    facts += [("partition", data.partition.kind), ("partition digest", data.partition.digest or None)]
+    facts += [("partition kind", data.partition.kind), ("partition digest", data.partition.digest or None)]
     facts += [(f"partition {key}", value) for key, value in flat(data.partition.notes)]
-    rows = tuple({"fact": name, "value": value} for name, value in facts if value is not None)
+    known: dict[str, object] = {}
+    for name, value in facts:
+        if value is not None:
+            known.setdefault(name, value)
+    rows = tuple({"fact": name, "value": value} for name, value in known.items())
     return Table("Data", (Column("fact", "", number=False), Column("value", "", fact_text, number=False)), rows)
 
 

@@ -29,7 +29,10 @@ def percent(share: float | None, digits: int = 1) -> str:
 
 def points(difference: float | None) -> str:
     """Returns the difference of two shares in percentage points, with its sign."""
-    return NONE if difference is None or not isfinite(difference) else f"{100 * difference:+.1f}".replace("-", "−")
+    if difference is None or not isfinite(difference):
+        return NONE
+    shown = f"{100 * difference:+.1f}".replace("-", "−")
+    return "0.0" if shown[1:] == "0.0" else shown
 
 
 def decimal(value: float | None) -> str:
