@@ -339,9 +339,9 @@ def test_a_whole_run_has_every_figure_and_the_numbers_of_its_files(whole: tuple[
     assert page.figures == FIGURES
     summary = json.loads((run / "summary.json").read_text())
     rows = {row[0]: row for row in reversed(page.rows) if row}
-    assert rows["whole"][:4] == ["whole", "fslora", "4–24", "30"]
-    assert rows["whole"][7] == byte_text(summary["bytes_down"])
-    assert rows["whole"][4:6] == ["51.0 %", "82.0 %"]
+    assert rows["fslora"][:4] == ["fslora", "fslora", "4–24", "30"]
+    assert rows["fslora"][7] == byte_text(summary["bytes_down"])
+    assert rows["fslora"][4:6] == ["51.0 %", "82.0 %"]
     assert rows["fedit-low"][1:3] == ["fedit", "4"]
     assert rows["fedit-full"][1:3] == ["fedit", "32"]
     assert rows["frozen base + linear head"][5] == "58.2 %"
@@ -364,7 +364,7 @@ def test_the_closing_table_has_the_same_rows_in_every_form(whole: tuple[Path, Pa
     record = read_run(whole[0])
     table = closing_table(record.runs)
     assert [row["run"] for row in table.dicts()] == [
-        "whole",
+        "fslora",
         "fedit-low",
         "fedit-full",
         "frozen base + linear head",
@@ -539,7 +539,7 @@ def test_a_figure_is_there_exactly_when_its_data_is(tmp_path: Path, name: str) -
     run = write_run(tmp_path / "run", Made(clients=4, cohort=2, rounds=5))
     (run / part).unlink()
     assert figures_of(run) == FIGURES - gone
-    assert closing_table(read_run(run).runs).dicts()[0]["run"] == "run"
+    assert closing_table(read_run(run).runs).dicts()[0]["run"] == "fslora"
     assert headline(read_run(run)).what
 
 

@@ -160,10 +160,10 @@ def _notes(record: RunRecord) -> list[str]:
         diverged = [row.round for row in run.rounds if row.loss is not None and not isfinite(row.loss)]
         if diverged:
             first = f"{counted(len(diverged), 'round')}, first in round {diverged[0]}"
-            notes.append(f"{plain(run.name)}: the local loss was not finite in {first}.")
+            notes.append(f"{plain(run.label)}: the local loss was not finite in {first}.")
         dropped = sum(len(row.dropped) for row in run.rounds)
         if dropped:
-            notes.append(f"{plain(run.name)}: the server refused {counted(dropped, 'update')}; see the list below.")
+            notes.append(f"{plain(run.label)}: the server refused {counted(dropped, 'update')}; see the list below.")
     present = {variant.name for variant in record.variants}
     waiting = [plain(name) for name in changes(record) if name not in present]
     if waiting and record.main:

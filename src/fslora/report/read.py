@@ -172,6 +172,12 @@ class RunRecord:
         return (self.summary.method if self.summary else "") or (str(named) if named else "unknown")
 
     @property
+    def label(self) -> str:
+        """What tables and figures call this run: the main run by its method, a variant by its name."""
+        taken = {variant.name for variant in self.variants} | {"unknown"}
+        return self.name if not self.main or self.method in taken else self.method
+
+    @property
     def rounds_done(self) -> int:
         """Rounds that were trained."""
         return max((row.round for row in self.rounds), default=self.summary.rounds if self.summary else 0)

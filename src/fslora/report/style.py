@@ -94,7 +94,7 @@ def run_styles(records: Sequence[RunRecord]) -> list[RunStyle]:
     """Returns one style per run, by position: the first is the main run."""
     return [
         RunStyle(
-            label(record.name, 40),
+            label(record.label, 40),
             _RUNS[position % len(_RUNS)],
             _LINES[position // len(_RUNS) % len(_LINES)],
             _MARKERS[position % len(_MARKERS)],

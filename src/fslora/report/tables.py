@@ -225,7 +225,7 @@ def clients_table(record: RunRecord) -> Table:
 def dropped_table(records: Sequence[RunRecord]) -> Table:
     """Returns one row per update that the server refused."""
     rows = tuple(
-        {"run": record.name, "round": row.round, "client": client, "reason": reason}
+        {"run": record.label, "round": row.round, "client": client, "reason": reason}
         for record in records
         for row in record.rounds
         for client, reason in sorted(row.dropped.items())
@@ -301,7 +301,7 @@ def _run_row(record: RunRecord) -> Row:
     down, up = (summary.bytes_down, summary.bytes_up) if summary else (None, None)
     seconds = summary.train_seconds if summary else None
     return {
-        "run": record.name,
+        "run": record.label,
         "method": record.method,
         "ranks": span(trained_ranks(record)) if record.fleet or rounds else None,
         "rounds": _rounds_text(record),
