@@ -49,7 +49,12 @@ def test_dependencies_point_one_way():
 def test_the_loop_and_the_engines_know_no_method_by_name():
     from fslora.methods import METHODS
 
-    for file in [SOURCE / "simulate.py", SOURCE / "runner.py", SOURCE / "prepare.py", *(SOURCE / "engine").glob("*.py")]:
+    for file in [
+        SOURCE / "simulate.py",
+        SOURCE / "runner.py",
+        SOURCE / "prepare.py",
+        *(SOURCE / "engine").glob("*.py"),
+    ]:
         code = ast.unparse(ast.parse(file.read_text())).replace("fslora.", "").replace("import fslora", "")
         for name, kind in METHODS.items():
             assert kind.__name__ not in code, file

@@ -216,6 +216,10 @@ def fields_of(table: BaseModel):
 # --- refusals ---
 
 REFUSED = {
+    "unknown section, with the known ones": (
+        {"x": {}},
+        r"x: unknown key .*Known here: adapter, data, engine, fleet, local, method, model, partition, run, variants\.",
+    ),
     "unknown section, with a suggestion": ({"fleets": {}}, r"fleets: unknown key .*did you mean 'fleet'\?"),
     "unknown key, with a suggestion": (
         {"run": {"round": 3}},

@@ -272,10 +272,15 @@ def test_deterministic_and_finite(method):
 
 
 @every_method
-def test_the_seed_matters(method):
-    """Another seed starts from another A."""
+def test_every_seed_and_layer_has_its_own_start(method):
+    """Another seed, and another layer of the same shape, start from another A; a further layer changes none."""
     other = method.init(TEMPLATE, FLEET, Rng(1))
-    assert not torch.equal(start_of(method).adapter.layers["up"].A, other.adapter.layers["up"].A)
+    A = start_of(method).adapter.layers["up"].A
+    assert not torch.equal(other.adapter.layers["up"].A, A)
+    more = replace(TEMPLATE, layers={"before": TEMPLATE.layers["up"], **TEMPLATE.layers})
+    wider = method.init(more, FLEET, Rng(0)).adapter.layers
+    assert not torch.equal(wider["before"].A, A)
+    assert torch.equal(wider["up"].A, A)
 
 
 @every_method
@@ -687,6 +692,7 @@ SERVERS = {
     "sgd, lr and momentum": ServerOptimizer(lr=0.3, momentum=0.5),
     "adam": ServerOptimizer(optimizer="adam", lr=0.01),
     "adam, other betas": ServerOptimizer(optimizer="adam", lr=0.1, beta1=0.0, beta2=0.5, eps=1e-3),
+    "adam, decay is adamw's": ServerOptimizer(optimizer="adam", lr=0.01, weight_decay=0.1),
     "adamw": ServerOptimizer(optimizer="adamw", lr=0.01, beta2=0.999, weight_decay=0.1),
     "adamw, no decay": ServerOptimizer(optimizer="adamw", lr=0.01),
 }
