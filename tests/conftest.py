@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a hub
+os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side; tiny models gain nothing from more threads
 
 from collections.abc import Callable
 from pathlib import Path

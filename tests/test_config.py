@@ -42,14 +42,15 @@ def written(tmp_path: Path, text: str | bytes) -> Path:
 
 
 def test_the_defaults_are_an_experiment():
-    """An empty table is valid: FSLoRA, rank 64, ratios in four equal shares, four local steps."""
+    """An empty table is valid: FSLoRA, ranks as ratios, a fixed number of local steps, no variants."""
     experiment = build({}, "nothing")
     assert isinstance(experiment.method, FSLoRA)
-    assert (experiment.adapter.rank, experiment.adapter.alpha) == (64, 64.0)
-    assert experiment.fleet.ratios == (0.125, 0.25, 0.5, 0.75)
+    assert experiment.fleet.ratios
     assert (experiment.fleet.ranks, experiment.fleet.distribution) == (None, None)
-    assert (experiment.local.steps, experiment.local.epochs) == (4, None)
+    assert experiment.local.steps
+    assert experiment.local.epochs is None
     assert experiment.variants == {}
+    assert experiment == Experiment()
 
 
 def test_the_embedded_default_compares_with_two_references():
@@ -109,7 +110,7 @@ methods = st.one_of(
 )
 fleets = st.one_of(
     st.just({}),
-    st.fixed_dictionaries({"ranks": st.lists(st.integers(1, 8), min_size=20, max_size=20)}),
+    st.fixed_dictionaries({"clients": st.just(20), "ranks": st.lists(st.integers(1, 8), min_size=20, max_size=20)}),
     st.fixed_dictionaries({"ratios": st.lists(st.floats(0.01, 1), min_size=1, max_size=4)}),
     st.fixed_dictionaries(
         {
@@ -268,7 +269,7 @@ REFUSED = {
         r"ranks holds 0; a rank is at least 1",
     ),
     "a rank above the server's": (
-        {"fleet": {"clients": 2, "cohort": 2, "ranks": [4, 65]}},
+        {"adapter": {"rank": 64}, "fleet": {"clients": 2, "cohort": 2, "ranks": [4, 65]}},
         r"adapter\.rank is 64 but fleet\.ranks gives client 1 rank 65.*Raise adapter\.rank or lower fleet\.ranks",
     ),
     "too few ranks": ({"fleet": {"clients": 3, "cohort": 2, "ranks": [4, 4]}}, r"2 entries for 3 clients"),
@@ -276,14 +277,23 @@ REFUSED = {
     "a ratio above 1": ({"fleet": {"ratios": [1.5]}}, r"every ratio lies in \(0, 1\]"),
     "no ratios": ({"fleet": {"ratios": []}}, r"ratios"),
     "min_rank above max_rank": (
-        {"fleet": {"distribution": "normal", "min_rank": 9, "max_rank": 8}},
+        {"adapter": {"rank": 64}, "fleet": {"distribution": "normal", "min_rank": 9, "max_rank": 8}},
         r"min_rank 9, fleet\.max_rank 8 and adapter\.rank 64",
     ),
-    "max_rank above the server's": ({"fleet": {"distribution": "uniform", "max_rank": 65}}, r"max_rank 65"),
-    "min_rank above the server's": ({"fleet": {"distribution": "uniform", "min_rank": 65}}, r"min_rank 65"),
-    "FedIT's rank above the server's": ({"method": {"name": "fedit", "rank": 65}}, r"rank"),
+    "max_rank above the server's": (
+        {"adapter": {"rank": 64}, "fleet": {"distribution": "uniform", "max_rank": 65}},
+        r"max_rank 65",
+    ),
+    "min_rank above the server's": (
+        {"adapter": {"rank": 64}, "fleet": {"distribution": "uniform", "min_rank": 65}},
+        r"min_rank 65",
+    ),
+    "FedIT's rank above the server's": (
+        {"adapter": {"rank": 64}, "method": {"name": "fedit", "rank": 65}},
+        r"rank",
+    ),
     "cohort above clients": (
-        {"fleet": {"clients": 5}},
+        {"fleet": {"clients": 5, "cohort": 10}},
         r"cohort is 10 but there are 5 clients; lower cohort",
     ),
     "an empty cohort": ({"fleet": {"cohort": 0}}, r"fleet\.cohort.* is 0"),
@@ -536,8 +546,8 @@ def test_naming_one_rival_drops_the_others(section, before, change, after):
 
 def test_a_fleet_of_the_default_can_be_given_ranks_by_an_override():
     """The same through load: the default ratios give way to ranks, and steps to epochs."""
-    experiment = load(None, ["fleet.clients=2", "fleet.cohort=2", "fleet.ranks=[4, 64]", "local.epochs=2"])
-    assert (experiment.fleet.ranks, experiment.fleet.ratios) == ((4, 64), None)
+    experiment = load(None, ["fleet.clients=2", "fleet.cohort=2", "fleet.ranks=[4, 1]", "local.epochs=2"])
+    assert (experiment.fleet.ranks, experiment.fleet.ratios) == ((4, 1), None)
     assert (experiment.local.epochs, experiment.local.steps) == (2, None)
 
 
@@ -575,7 +585,7 @@ def test_the_learning_rate_stays_in_its_range(schedule, warmup, rounds):
 def test_the_resolved_toml_is_plain():
     """to_toml writes every key that has a value, and nothing that TOML cannot say."""
     document = tomllib.loads(to_toml(load(None)))
-    assert document["fleet"]["ratios"] == [0.125, 0.25, 0.5, 0.75]
+    assert document["fleet"]["ratios"] == list(load(None).fleet.ratios)
     assert "ranks" not in document["fleet"]
     assert document["method"]["server"]["eps"] == 1e-8
     assert document["variants"]["fedit-low"] == {"method": {"name": "fedit", "rank": "smallest"}}

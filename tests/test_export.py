@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,10 +82,11 @@ def loaded_by_peft(model_folder: Path, adapter_folder: Path):
     from transformers import AutoModelForSequenceClassification
 
     model = AutoModelForSequenceClassification.from_pretrained(model_folder, num_labels=len(LABELS))
-    with warnings.catch_warnings():
-        # PEFT notices GPT-2's Conv1D, sets fan_in_fan_out itself and says so.
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False but the target module is `Conv1D`")
-        return PeftModel.from_pretrained(model, adapter_folder).eval()
+    return PeftModel.from_pretrained(model, adapter_folder).eval()
+
+
+def exported(adapter: Adapter, base, folder: Path) -> Path:
+    return export_peft(adapter, base.head, base.name, folder, fan_in_fan_out=base.fan_in_fan_out)
 
 
 def assert_same(left: Adapter, right: Adapter) -> None:
@@ -119,7 +119,9 @@ def test_peft_computes_what_we_compute(tiny_base, tiny_folder, tmp_path, archite
     base = tiny_base(architecture)
     template = base.template(AdapterConfig(rank=4, alpha=3.0, rslora=rslora))
     adapter = trained_adapter(template, 4)
-    folder = export_peft(adapter, base.head, base.name, tmp_path / "adapter")
+    folder = exported(adapter, base, tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["fan_in_fan_out"] == (architecture == "gpt2")
     batch = batch_for(base)
     expected = ours(base, adapter, batch)
     found = logits_of(loaded_by_peft(tiny_folder(architecture), folder), batch)
@@ -136,7 +138,7 @@ def test_what_peft_saves_can_be_read(tiny_base, tiny_folder, tmp_path, architect
     """import_peft of a folder that PEFT wrote, after it loaded ours, gives back the same bits."""
     base = tiny_base(architecture)
     adapter = trained_adapter(base.template(AdapterConfig(rank=4)), 4)
-    folder = export_peft(adapter, base.head, base.name, tmp_path / "ours")
+    folder = exported(adapter, base, tmp_path / "ours")
     loaded_by_peft(tiny_folder(architecture), folder).save_pretrained(tmp_path / "theirs")
     assert_same(import_peft(tmp_path / "theirs"), adapter)
 
@@ -145,7 +147,7 @@ def test_peft_takes_chosen_targets(tiny_base, tiny_folder, tmp_path):
     """With pairs on query and value alone, PEFT puts them there and nowhere else."""
     base = tiny_base("roberta", ("query", "value"))
     adapter = trained_adapter(base.template(AdapterConfig(rank=2)), 2)
-    folder = export_peft(adapter, base.head, base.name, tmp_path / "adapter")
+    folder = exported(adapter, base, tmp_path / "adapter")
     model = loaded_by_peft(tiny_folder("roberta"), folder)
     placed = {
         name.removeprefix("base_model.model.").split(".lora_A")[0]
@@ -174,7 +176,7 @@ def test_a_pooler_that_the_checkpoint_lacks_travels_with_the_head(tmp_path):
     assert "bert.pooler.dense" in base.head
     adapter = trained_adapter(base.template(AdapterConfig(rank=2)), 2)
     assert "bert.pooler.dense.weight" in adapter.dense
-    folder = export_peft(adapter, base.head, base.name, tmp_path / "adapter")
+    folder = exported(adapter, base, tmp_path / "adapter")
     batch = batch_for(base)
     found = logits_of(loaded_by_peft(tmp_path / "model", folder), batch)
     torch.testing.assert_close(found, ours(base, adapter, batch), atol=LOGITS, rtol=LOGITS)
@@ -376,7 +378,7 @@ def test_a_lower_rank_runs_in_peft(tiny_base, tiny_folder, tmp_path):
     """An adapter cut to a lower rank is an ordinary PEFT adapter of that rank and computes what we compute."""
     base = tiny_base("bert")
     adapter, _ = lower_rank(trained_adapter(base.template(AdapterConfig(rank=6, alpha=3.0)), 6), 2)
-    folder = export_peft(adapter, base.head, base.name, tmp_path / "adapter")
+    folder = exported(adapter, base, tmp_path / "adapter")
     assert json.loads((folder / "adapter_config.json").read_text())["r"] == 2
     batch = batch_for(base)
     found = logits_of(loaded_by_peft(tiny_folder("bert"), folder), batch)
@@ -563,6 +565,19 @@ def test_a_last_line_cut_anywhere_is_left_out(tmp_path):
         path.write_bytes(content[:length])
         whole = length == len(content) - 1  # all but the newline
         assert folder.metrics() == (rows if whole else rows[:2]), length
+
+
+def test_a_line_damaged_in_the_middle_is_an_error(tmp_path):
+    """Rows after a damaged line are not dropped in silence: ArtifactError that names the file."""
+    folder = RunFolder(tmp_path)
+    for number in range(3):
+        folder.append_metrics({"round": number})
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    for damaged in (b'{"round": \n', b"\xff\xfe\n"):
+        path.write_bytes(lines[0] + damaged + lines[2])
+        with pytest.raises(ArtifactError, match=r"metrics\.jsonl.*damaged"):
+            folder.metrics()
 
 
 def test_rewinding_drops_what_came_after(tmp_path):

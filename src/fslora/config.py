@@ -6,6 +6,7 @@ The text under each field is written once, here; ``fslora init`` and the docs pr
 from __future__ import annotations
 
 import difflib
+import re
 import textwrap
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -24,7 +25,7 @@ from fslora.methods.fslora import FSLoRA
 class Section(BaseModel):
     """One table of the experiment: frozen, and an unknown key in it is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
 
 
 class RunConfig(Section):
@@ -59,6 +60,11 @@ class AdapterConfig(Section):
         "all-linear",
         description="Names of the modules that get a pair, as in PEFT (e.g. ['query', 'value']), or 'all-linear'.",
     )
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _from_list(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
 
     @field_validator("targets")
     @classmethod
@@ -130,6 +136,11 @@ class FleetConfig(Section):
     min_rank: int = Field(1, ge=1, description="distribution: the smallest rank.")
     max_rank: int | None = Field(None, ge=1, description="distribution: the largest rank; by default adapter.rank.")
 
+    @field_validator("ranks", "ratios", mode="before")
+    @classmethod
+    def _from_list(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
     @model_validator(mode="before")
     @classmethod
     def _defaults(cls, values: Any) -> Any:
@@ -151,8 +162,8 @@ class FleetConfig(Section):
             raise ValueError(f"ranks has {len(self.ranks)} entries for {self.clients} clients; give one each")
         if self.ranks is not None and min(self.ranks) < 1:
             raise ValueError(f"ranks holds {min(self.ranks)}; a rank is at least 1")
-        if self.ratios is not None and not all(0 < ratio <= 1 for ratio in self.ratios):
-            raise ValueError(f"ratios is {list(self.ratios)}; every ratio lies in (0, 1]")
+        if self.ratios is not None and not (self.ratios and all(0 < ratio <= 1 for ratio in self.ratios)):
+            raise ValueError(f"ratios is {list(self.ratios)}; give at least one; every ratio lies in (0, 1]")
         return self
 
 
@@ -231,9 +242,20 @@ class Experiment(Section):
         fields = dict(value)
         return method_class(fields.pop("name", "fslora"))(**fields)
 
+    @field_validator("variants")
+    @classmethod
+    def _plain_variants(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name, changes in value.items():
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+                raise ValueError(f"{name!r} is no name for a variant; use letters, digits, '.', '_' and '-'")
+            if "variants" in changes:
+                raise ValueError(f"variant {name!r} has variants of its own; write them beside it")
+        return value
+
     @model_validator(mode="after")
     def _ranks_fit(self) -> Self:
         rank = self.adapter.rank
+        self.method.check(rank)
         for client, client_rank in enumerate(self.fleet.ranks or ()):
             if client_rank > rank:
                 raise ValueError(
@@ -296,8 +318,7 @@ def build(fields: Mapping[str, Any], source: str) -> Experiment:
     try:
         return Experiment.model_validate(fields)
     except ValidationError as error:
-        lines = [_explain(item, fields) for item in error.errors()]
-        raise ConfigError(f"{source}: " + "\n".join(lines)) from None
+        raise ConfigError(f"{source}: " + "\n".join(_explained(error.errors(), fields))) from None
 
 
 def merged(fields: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -328,7 +349,8 @@ def parse_override(item: str) -> dict[str, Any]:
     if not found or not all(keys):
         raise ConfigError(f"--set {item!r} is not of the form section.key=value, e.g. --set adapter.rank=32")
     try:
-        value: Any = tomllib.loads(f"value = {text}")["value"]
+        read = tomllib.loads(f"value = {text}")
+        value: Any = read["value"] if len(read) == 1 else text.strip()
     except tomllib.TOMLDecodeError:
         value = text.strip()
     for key in reversed(keys):
@@ -339,7 +361,7 @@ def parse_override(item: str) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"there is no file {path}; `fslora init` writes one to start from") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -348,18 +370,38 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
 
 
-def _explain(item: ErrorDetails, fields: Mapping[str, Any]) -> str:
-    """One line for one problem: where, what was given, what to do."""
-    where = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("literal[", "tuple[")))
-    given = item.get("input")
-    if item["type"] == "extra_forbidden":
-        known = _known_keys(item["loc"][:-1], fields)
-        near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        return f"{where}: unknown key (value {given!r}); {hint}Known here: {', '.join(known)}."
-    message = item["msg"].removeprefix("Value error, ")
-    shown = "" if isinstance(given, (Mapping, BaseModel)) else f" is {given!r}"
-    return f"{where}{shown}: {message}." if where else f"{message}."
+def _explained(items: list[ErrorDetails], fields: Mapping[str, Any]) -> list[str]:
+    """One line for each key that is wrong: where, what was given, what to do."""
+    lines: dict[str, list[str]] = {}
+    for item in items:
+        where = ".".join(_path(item["loc"], fields))
+        if item["type"] == "extra_forbidden":
+            known = _known_keys(item["loc"][:-1], fields)
+            near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            text = f"unknown key (value {item['input']!r}); {hint}Known here: {', '.join(known)}"
+            lines.setdefault(f"{where}: ", []).append(text)
+            continue
+        given = item.get("input")
+        message = item["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+        if item["type"] in ("model_type", "dict_type"):
+            message = f"it should be a table, [{where}]"
+        shown = "" if isinstance(given, (Mapping, BaseModel)) else f" is {given!r}"
+        lines.setdefault(f"{where}{shown}: " if where else "", []).append(message)
+    return [f"{start}{'; or '.join(dict.fromkeys(messages))}." for start, messages in lines.items()]
+
+
+def _path(location: tuple[int | str, ...], fields: Mapping[str, Any]) -> list[str]:
+    """The part of pydantic's location that the user wrote: without its names for the branches of a union."""
+    path: list[str] = []
+    table: Any = fields
+    for part in location:
+        inside = isinstance(table, Mapping) and part in table
+        if not inside and not (isinstance(table, (list, tuple)) and isinstance(part, int)):
+            break
+        path.append(str(part))
+        table = table[part]
+    return path
 
 
 def _known_keys(location: tuple[int | str, ...], fields: Mapping[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from math import isclose
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def export_peft(
     alpha = first.scale * first.rank
     config = LoraConfig(
         r=first.rank,
-        lora_alpha=round(alpha) if abs(alpha - round(alpha)) < 1e-9 else alpha,
+        lora_alpha=round(alpha) if isclose(alpha, round(alpha), rel_tol=1e-9) else alpha,
         target_modules=list(adapter.layers),
         modules_to_save=list(head) or None,
         task_type=TaskType.SEQ_CLS,
@@ -96,6 +97,13 @@ def import_peft(folder: Path) -> Adapter:
         tensors = load_file(folder / "adapter_model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise ArtifactError(f"{folder} is no readable PEFT adapter: {error}") from None
+    try:
+        return _plain_lora(config, tensors, folder)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{folder} is no complete PEFT adapter: {error!r} is missing or malformed") from None
+
+
+def _plain_lora(config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> Adapter:
     special = [key for key in ("use_dora", "rank_pattern", "alpha_pattern") if config.get(key)]
     if config.get("peft_type") != "LORA" or special:
         raise ArtifactError(f"{folder} is not a plain LoRA ({special or config.get('peft_type')})")
@@ -138,6 +146,8 @@ def export_merged(adapter: Adapter, base: Base, folder: Path) -> Path:
 
     The base in memory is changed while this runs, and put back from a copy (never by subtracting).
     """
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise ArtifactError(f"{folder} cannot be written: it exists already; name a new folder")
     model: Any = base.model
     saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     try:
@@ -145,7 +155,7 @@ def export_merged(adapter: Adapter, base: Base, folder: Path) -> Path:
             parameters = dict(model.named_parameters())
             for name, pair in adapter.layers.items():
                 weight = parameters[f"{name}.weight"]
-                delta = pair.delta.T if base.fan_in_fan_out else pair.delta
+                delta = pair.delta.T if base.is_transposed(name) else pair.delta
                 weight.add_(delta.to(weight))
             for name, tensor in adapter.dense.items():
                 parameters[name].copy_(tensor)

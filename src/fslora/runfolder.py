@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,13 +65,13 @@ class RunFolder:
     def write_text(self, name: str, text: str) -> None:
         """Replaces a file as a whole."""
         target = self.path / name
+        partial = self.path / f".partial-{name}"
         try:
-            with tempfile.NamedTemporaryFile("w", dir=self.path, delete=False, encoding="utf-8") as file:
-                file.write(text)
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, target)
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, target)
         except OSError as error:
-            Path(file.name).unlink(missing_ok=True)
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
             raise ArtifactError(f"{target} cannot be written: {error}. What was written before is intact") from None
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
@@ -100,7 +101,7 @@ class RunFolder:
     def metrics(self, up_to: int | None = None) -> list[dict[str, Any]]:
         """Returns the rows up to a round; a last line that a crash cut short is left out."""
         path = self.path / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        lines = path.read_bytes().splitlines() if path.is_file() else []
         rows = []
         for number, line in enumerate(lines, start=1):
             try:
@@ -154,7 +155,7 @@ class RunFolder:
                 )
             tensors = load_file(found[-1] / "state.safetensors")
             return int(description["round"]), unflatten(tensors, description)
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, ArtifactError):
                 raise
             raise ArtifactError(f"{found[-1]} is damaged: {error!r}. Delete it and run `fslora resume`") from None

@@ -117,7 +117,7 @@ class Broadcast:
     adapter: Adapter
     """What the client starts from, at its own rank and scale."""
     rows: Rows | None = None
-    """Which of the server's rank-one parts these are; None when the client holds all of them."""
+    """Which of the server's rank-one parts these are; None where the method draws no index sets."""
 
     @property
     def nbytes(self) -> int:

@@ -56,7 +56,7 @@ class ScatterMean:
                 index = rows[name]
                 total.A.index_add_(0, index, pair.A, alpha=weight)
                 total.Bt.index_add_(0, index, pair.Bt, alpha=weight)
-                held.index_add_(0, index, torch.full((len(index),), weight))
+                held.index_add_(0, index, torch.full((len(index),), float(weight)))
         for name, tensor in part.dense.items():
             self._sum.dense[name].add_(tensor, alpha=weight)
         self._weight += weight

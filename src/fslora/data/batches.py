@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -41,15 +42,13 @@ class Encoded:
 
     def batch(self, index: Sequence[int] | np.ndarray) -> Batch:
         """Returns the examples of ``index`` as tensors [b t], padded on the right to the longest of them."""
-        width = max(len(self.fields["input_ids"][i]) for i in index)
-        shape = (len(index), width)
-        tensors = {"attention_mask": torch.zeros(shape, dtype=torch.long)}
+        lengths = np.array([len(self.fields["input_ids"][i]) for i in index])
+        there = np.arange(lengths.max()) < lengths[:, None]
+        tensors = {"attention_mask": torch.from_numpy(there.astype(np.int64))}
         for name, lists in self.fields.items():
-            filled = torch.full(shape, self.pad_id if name == "input_ids" else 0, dtype=torch.long)
-            for row, i in enumerate(index):
-                filled[row, : len(lists[i])] = torch.tensor(lists[i])
-                tensors["attention_mask"][row, : len(lists[i])] = 1
-            tensors[name] = filled
+            filled = np.full(there.shape, self.pad_id if name == "input_ids" else 0, dtype=np.int64)
+            filled[there] = list(chain.from_iterable(lists[i] for i in index))
+            tensors[name] = torch.from_numpy(filled)
         tensors["labels"] = torch.from_numpy(self.labels[np.asarray(index)])
         return tensors
 

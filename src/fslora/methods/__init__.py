@@ -17,8 +17,8 @@ METHODS: dict[str, type[Method]] = {
 
 def method_class(name: str) -> type[Method]:
     """Returns the method of this name, or raises ConfigError that lists the known ones."""
-    if name not in METHODS:
-        near = difflib.get_close_matches(str(name), METHODS, n=1)
+    if not isinstance(name, str) or name not in METHODS:
+        near = difflib.get_close_matches(str(name).lower(), METHODS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ConfigError(f"method.name is {name!r}; {hint}Known methods: {', '.join(sorted(METHODS))}")
     return METHODS[name]

@@ -21,12 +21,16 @@ from fslora.types import Adapter, Broadcast, Client, ClientUpdate, Round, Server
 class Method(BaseModel, ABC):
     """A federated LoRA method. Its fields are the keys of the experiment's ``[method]`` table."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
 
     name: ClassVar[str]
     """The registry's name."""
     paper: ClassVar[str]
     """Title and link of the paper."""
+
+    def check(self, rank: int) -> None:
+        """Raises ValueError when the method's own fields do not fit the server's rank; by default all do."""
+        del rank
 
     def init(self, template: Template, fleet: Sequence[Client], rng: Rng) -> ServerState:
         """Server, before round 0: a fresh adapter of the server's rank. Every method starts from the same draw."""

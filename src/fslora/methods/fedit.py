@@ -37,6 +37,13 @@ class FedIT(Method):
     )
     server: ServerOptimizer = ServerOptimizer()
 
+    def check(self, rank: int) -> None:
+        """Raises ValueError when the common rank exceeds the server's."""
+        if isinstance(self.rank, int) and self.rank > rank:
+            raise ValueError(
+                f"method.rank is {self.rank} but adapter.rank is {rank}; lower method.rank or raise adapter.rank"
+            )
+
     def init(self, template: Template, fleet: Sequence[Client], rng: Rng) -> ServerState:
         """Returns a fresh adapter of the common rank."""
         if self.rank == "smallest":

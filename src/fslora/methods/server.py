@@ -20,7 +20,7 @@ from fslora.types import Adapter, ServerState, Tensor
 class ServerOptimizer(BaseModel):
     """The ``[method.server]`` table."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     optimizer: Literal["sgd", "adam", "adamw"] = Field("sgd", description="'sgd', 'adam' or 'adamw'.")
     lr: float = Field(1.0, gt=0, description="Learning rate; 1 with sgd adds the mean delta as it is.")

@@ -59,7 +59,11 @@ class Base:
     @property
     def fan_in_fan_out(self) -> bool:
         """Whether the adapted layers keep their weight as [in out], as GPT-2's Conv1D does."""
-        return any(isinstance(self._slots[path].module, Conv1D) for path in self.targets)
+        return any(self.is_transposed(path) for path in self.targets)
+
+    def is_transposed(self, path: str) -> bool:
+        """Returns whether one adapted layer keeps its weight as [in out]."""
+        return isinstance(self._slots[path].module, Conv1D)
 
     def template(self, adapter: AdapterConfig) -> Template:
         """Returns the shapes of the adapted layers and the head's initial tensors (copies, on the CPU)."""

@@ -11,35 +11,50 @@ gradients from each other and stay zero under every optimizer used here, so no m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.utils.hooks import RemovableHandle
+from transformers.pytorch_utils import Conv1D
 
 from fslora.types import Tensor
 
 
 class Change(Protocol):
-    """What a slot does to its layer's output while it is attached."""
+    """What a slot computes instead of its layer while it is attached."""
 
-    def apply(self, x: Tensor, y: Tensor) -> Tensor:
-        """Returns the changed output for input ``x`` [n ... i] and the frozen layer's output ``y`` [n ... o]."""
+    def apply(self, x: Tensor, layer: Slot) -> Tensor:
+        """Returns the changed output [n ... o] for input ``x`` [n ... i]."""
 
 
 class Slot:
-    """A forward hook on one module: does nothing until a change is attached."""
+    """One frozen layer whose forward can be changed; without a change it is the layer's own.
+
+    The forward of the module object is replaced, not the module: the model's code goes on seeing its own
+    modules (some read ``.weight`` of their linear layers), and names stay those of the checkpoint.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        self.frozen: Callable[[Tensor], Tensor] = module.forward
         self.change: Change | None = None
-        self._handle: RemovableHandle = module.register_forward_hook(self._hook)
+        module.forward = self._forward
 
-    def _hook(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        return None if self.change is None else self.change.apply(args[0], output)
+    def _forward(self, x: Tensor) -> Tensor:
+        return self.frozen(x) if self.change is None else self.change.apply(x, self)
+
+    def weight_and_bias(self) -> tuple[Tensor, Tensor | None] | None:
+        """Returns ([o i], [o]) of a layer that is nothing but x Wᵀ + b, or None (quantised layers, say)."""
+        module = self.module
+        if type(module) is nn.Linear:
+            return module.weight, module.bias
+        if type(module) is Conv1D:
+            weight: Tensor = module.weight.T
+            return weight, module.bias
+        return None
 
 
 class Dropout:
@@ -66,8 +81,9 @@ class SinglePair:
     scale: float
     dropout: Dropout | None = None
 
-    def apply(self, x: Tensor, y: Tensor) -> Tensor:
-        """Returns y + scale · (x Aᵀ) Bt."""
+    def apply(self, x: Tensor, layer: Slot) -> Tensor:
+        """Returns the frozen output + scale · (x Aᵀ) Bt."""
+        y = layer.frozen(x)
         if self.dropout:
             x = self.dropout(x)
         return y + self.scale * (x @ self.A.to(x.dtype).T) @ self.Bt.to(x.dtype)
@@ -81,7 +97,7 @@ class SingleDense:
     """[o i]."""
     bias: Tensor | None
 
-    def apply(self, x: Tensor, y: Tensor) -> Tensor:
+    def apply(self, x: Tensor, layer: Slot) -> Tensor:
         """Returns x Wᵀ + bias."""
         return functional.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
@@ -108,16 +124,49 @@ class Layout:
         padded = rows.new_zeros(self.clients * self._widest, *rows.shape[1:])
         return padded.index_copy(0, self._place, rows).reshape(self.clients, -1, x.shape[-1])
 
-    def join(self, z: Tensor, shape: torch.Size) -> Tensor:
+    def join(self, z: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Returns z [c n d] in the shape of the concatenated batch, without what ``split`` filled up."""
         if self._equal:
             return z.reshape(shape)
         rows = z.reshape(self.clients * self._widest, -1, z.shape[-1])
         return rows.index_select(0, self._place).reshape(shape)
 
-    def can_add_in_place(self, y: Tensor) -> bool:
-        """Returns whether ``y`` can be viewed as [c n o] without a copy."""
-        return self._equal and y.is_contiguous()
+    @property
+    def equal(self) -> bool:
+        """Whether every client has the same number of examples, so that ``split`` copies nothing."""
+        return self._equal
+
+
+class AdaptedLinear(torch.autograd.Function):
+    """x W0ᵀ + b + scale · (x Aᵀ) Bt per client as one step, forward and backward.
+
+    The low-rank products are added into the frozen layer's output, and into its input gradient, where these lie.
+    Left to autograd, writing into a view clones the gradient, and the two gradients of x are added by a further pass
+    over memory; on wide layers those copies cost as much as the low-rank products themselves.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, Bt: Tensor, scale: Tensor
+    ) -> Tensor:
+        """Returns [... o]; x [... i], weight [o i], A [c k i], Bt [c k o], scale [c 1 1]."""
+        split = x.reshape(A.shape[0], -1, x.shape[-1])
+        y = functional.linear(split, weight, bias)
+        h = torch.bmm(split, A.transpose(1, 2)).mul_(scale)
+        y.baddbmm_(h, Bt)
+        ctx.save_for_backward(split, weight, A, Bt, scale, h)
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Returns the gradients by x, A and Bt; the frozen weight has none."""
+        split, weight, A, Bt, scale, h = ctx.saved_tensors
+        g = gradient.reshape(len(A), -1, gradient.shape[-1])
+        dh = torch.bmm(g, Bt.transpose(1, 2)).mul_(scale)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.matmul(g, weight).baddbmm_(dh, A).view(*gradient.shape[:-1], -1)
+        return dx, None, None, torch.bmm(dh.transpose(1, 2), split), torch.bmm(h.transpose(1, 2), g), None
 
 
 @dataclass(frozen=True)
@@ -133,15 +182,17 @@ class StackedPair:
     layout: Layout
     dropout: Dropout | None = None
 
-    def apply(self, x: Tensor, y: Tensor) -> Tensor:
-        """Returns y plus each client's low-rank path; y's own memory is reused where it can be."""
+    def apply(self, x: Tensor, layer: Slot) -> Tensor:
+        """Returns the frozen output plus each client's low-rank path."""
+        A, Bt, scale = self.A.to(x.dtype), self.Bt.to(x.dtype), self.scale.to(x.dtype)
+        plain = layer.weight_and_bias()
+        if plain and self.layout.equal and not self.dropout:
+            fused: Tensor = AdaptedLinear.apply(x, *plain, A, Bt, scale)  # type: ignore[no-untyped-call]
+            return fused
+        y = layer.frozen(x)
         if self.dropout:
             x = self.dropout(x)
-        h = torch.bmm(self.layout.split(x), self.A.to(x.dtype).transpose(1, 2)) * self.scale.to(x.dtype)
-        Bt = self.Bt.to(x.dtype)
-        if self.layout.can_add_in_place(y):
-            y.view(self.layout.clients, -1, y.shape[-1]).baddbmm_(h, Bt)
-            return y
+        h = torch.bmm(self.layout.split(x), A.transpose(1, 2)) * scale
         return y + self.layout.join(torch.bmm(h, Bt), y.shape)
 
 
@@ -155,9 +206,9 @@ class StackedDense:
     """[c o]."""
     layout: Layout
 
-    def apply(self, x: Tensor, y: Tensor) -> Tensor:
+    def apply(self, x: Tensor, layer: Slot) -> Tensor:
         """Returns x Wᵀ + bias with each client's own weight."""
         z = torch.bmm(self.layout.split(x), self.weight.to(x.dtype).transpose(1, 2))
         if self.bias is not None:
             z = z + self.bias.to(x.dtype).unsqueeze(1)
-        return self.layout.join(z, y.shape)
+        return self.layout.join(z, (*x.shape[:-1], z.shape[-1]))
