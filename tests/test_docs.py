@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from pathlib import Path
@@ -70,3 +71,22 @@ def test_links_and_pictures_are_there(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         if not target.startswith(("http://", "https://")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_configuration_page_is_the_code_s_own():
+    """docs/configuration.md holds `fslora init`'s text; FSLORA_REGENERATE_GOLDEN=1 writes it anew."""
+    page = ROOT / "docs" / "configuration.md"
+    text = CONFIGURATION + "```toml\n" + config.commented_toml(config.load(None)) + "```\n"
+    if os.environ.get("FSLORA_REGENERATE_GOLDEN"):
+        page.write_text(text)
+    assert page.read_text() == text
+
+
+CONFIGURATION = """# Configuration
+
+Every key, what it means, and the embedded default's value (`fslora init` writes this file). A file needs only what it
+changes; keys beside `[variants]` apply to all runs. Any key can be changed for one run with `--set section.key=value`.
+Each table under `[variants]` is a further run of the same experiment with some keys changed, drawn on the same page;
+a file without variants runs none.
+
+"""

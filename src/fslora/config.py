@@ -32,8 +32,8 @@ class RunConfig(Section):
     """How long to run, what to write and how often."""
 
     seed: int = Field(0, ge=0, description="Seed of every draw: data, partition, ranks, cohorts, sketches, batches.")
-    rounds: int = Field(40, ge=1, description="Number of federated rounds.")
-    eval_every: int = Field(5, ge=1, description="Rounds between evaluations on the validation split.")
+    rounds: int = Field(36, ge=1, description="Number of federated rounds.")
+    eval_every: int = Field(6, ge=1, description="Rounds between evaluations on the validation split.")
     checkpoint_every: int = Field(1, ge=1, description="Rounds between checkpoints; the newest one is kept.")
 
 
@@ -104,7 +104,7 @@ class DataConfig(Section):
     validation_share: float = Field(0.1, gt=0, lt=0.5, description="Share for validation where no split is given.")
     test_share: float = Field(0.15, gt=0, lt=0.5, description="Share held out for the test where no split is given.")
     max_train: int = Field(0, ge=0, description="Use at most this many training examples; 0: all.")
-    max_validation: int = Field(500, ge=0, description="Use at most this many validation examples; 0: all.")
+    max_validation: int = Field(400, ge=0, description="Use at most this many validation examples; 0: all.")
     max_test: int = Field(1000, ge=0, description="Use at most this many test examples; 0: all.")
 
 
@@ -174,7 +174,7 @@ class LocalConfig(Section):
     epochs: int | None = Field(None, ge=1, description="Passes over the client's own data per round.")
     batch_size: int = Field(8, ge=1, description="Examples per local step.")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="'adamw' or 'sgd' (with momentum).")
-    lr: float = Field(2e-3, gt=0, description="Learning rate, at its peak.")
+    lr: float = Field(1.5e-3, gt=0, description="Learning rate, at its peak.")
     momentum: float = Field(0.9, ge=0, lt=1, description="sgd: momentum.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled for adamw, L2 for sgd.")
     clip_norm: float = Field(1.0, ge=0, description="Largest norm of one client's gradient; 0: no clipping.")

@@ -52,8 +52,8 @@ class Slot:
         if type(module) is nn.Linear:
             return module.weight, module.bias
         if type(module) is Conv1D:
-            weight: Tensor = module.weight.T
-            return weight, module.bias
+            convolution: Any = module
+            return convolution.weight.T, convolution.bias
         return None
 
 
