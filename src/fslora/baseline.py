@@ -14,7 +14,7 @@ from fslora.models.base import Base
 from fslora.rng import Rng
 
 NAME = "frozen base + linear head"
-MOST_TRAINING_EXAMPLES = 4000
+MOST_TRAINING_EXAMPLES = 3000
 STRENGTHS = (0.003, 0.03, 0.3)
 
 

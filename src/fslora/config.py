@@ -32,7 +32,7 @@ class RunConfig(Section):
     """How long to run, what to write and how often."""
 
     seed: int = Field(0, ge=0, description="Seed of every draw: data, partition, ranks, cohorts, sketches, batches.")
-    rounds: int = Field(36, ge=1, description="Number of federated rounds.")
+    rounds: int = Field(30, ge=1, description="Number of federated rounds.")
     eval_every: int = Field(6, ge=1, description="Rounds between evaluations on the validation split.")
     checkpoint_every: int = Field(1, ge=1, description="Rounds between checkpoints; the newest one is kept.")
 
@@ -114,11 +114,17 @@ class PartitionConfig(Section):
     kind: Literal["iid", "dirichlet", "natural"] = Field(
         "natural",
         description="'iid', 'dirichlet' (label skew), or 'natural': by the data's own groups "
-        "(top-level modules, files of a folder, or the column data.group).",
+        "(top-level modules; files of a folder, or blocks of text where there are fewer than ten; "
+        "the column data.group).",
     )
     alpha: float = Field(0.5, gt=0, description="dirichlet: concentration; smaller is more skewed.")
     min_examples: int = Field(8, ge=1, description="Every client holds at least this many examples.")
-    holdout: float = Field(0.1, ge=0, lt=0.5, description="Share of each client's examples kept for its own test.")
+    holdout: float = Field(
+        0.1,
+        ge=0,
+        lt=0.5,
+        description="Share of each client's examples kept for its own test; min_examples comes first.",
+    )
 
 
 class FleetConfig(Section):
@@ -269,6 +275,11 @@ class Experiment(Section):
             )
         if self.data.task == "chapters" and self.data.source != "stdlib":
             raise ValueError(f"data.source is {self.data.source!r}, but data.task 'chapters' exists for 'stdlib' only")
+        if self.data.task == "table" and self.partition.kind == "natural" and self.data.group is None:
+            raise ValueError(
+                "partition.kind is 'natural', but data.group names no column that tells whose row it is; "
+                "set data.group, or partition.kind to 'dirichlet' or 'iid'"
+            )
         if self.data.task == "table" and self.data.source == "stdlib":
             raise ValueError("data.source is 'stdlib', but data.task 'table' needs a file or a data set's hub name")
         return self

@@ -9,12 +9,11 @@ from rich.table import Table
 
 from fslora.config import load
 from fslora.errors import ArtifactError, ConfigError
-from fslora.evaluate import predict
 from fslora.export import export_merged, import_peft, lower_rank, rank_for_energy
 from fslora.prepare import Federation, Workshop
 from fslora.report.text import percent
 from fslora.runfolder import RunFolder
-from fslora.runner import Stage, client_scores, write_adapter
+from fslora.runner import Stage, Untrained, client_scores, scored, write_adapter
 from fslora.types import Adapter
 
 
@@ -25,15 +24,14 @@ def evaluate_run(path: Path, stage: Stage) -> dict[str, Any]:
         ArtifactError: The path is no run folder, or no adapter was exported yet.
     """
     federation = _federation(path, stage)
-    after = import_peft(path / "adapter")
-    _check(after, federation)
-    method = federation.experiment.method
-    before = method.global_adapter(method.init(federation.template, federation.sites.fleet, federation.rng))
-    scores = {
-        name: predict(federation.base, adapter, federation.test).scores()
-        for name, adapter in (("before", before), ("after", after))
+    adapter = import_peft(path / "adapter")
+    _check(adapter, federation)
+    before, after = Untrained.of(federation).scored, scored(federation, adapter)
+    return {
+        "run": str(path),
+        "test": {"before": before.test, "after": after.test},
+        "clients": client_scores(federation, before, after),
     }
-    return {"run": str(path), "test": scores, "clients": client_scores(federation, before, after)}
 
 
 def tables(result: dict[str, Any]) -> list[Table]:

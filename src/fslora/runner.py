@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +21,7 @@ import fslora
 from fslora.baseline import frozen_baseline
 from fslora.config import Experiment, load, to_toml
 from fslora.errors import FsloraError
-from fslora.evaluate import Predictions, predict
+from fslora.evaluate import Predictions, Scores, predict
 from fslora.export import export_peft
 from fslora.prepare import Federation, Workshop
 from fslora.runfolder import RunFolder
@@ -72,7 +73,7 @@ def carry_out(experiment: Experiment, folder: RunFolder, workshop: Workshop, sta
         splits = (federation.train, federation.validation, federation.test)
         folder.write_json("baseline.json", frozen_baseline(federation.base, *splits, federation.rng.child("baseline")))
     try:
-        before = _run_one(federation, folder, experiment.method.name, None, stage)
+        untrained = _run_one(federation, folder, experiment.method.name, None, stage)
         for name in experiment.variants:
             varied = experiment.variant(name)
             inside = folder.variant(name)
@@ -82,7 +83,7 @@ def carry_out(experiment: Experiment, folder: RunFolder, workshop: Workshop, sta
             inside.write_text("experiment.toml", to_toml(varied))
             if other.sites is not federation.sites:
                 inside.write_json("data.json", other.sites.describe(other.truncated))
-            _run_one(other, inside, name, before, stage)
+            untrained = _run_one(other, inside, name, untrained, stage)
     except BaseException:
         with suppress(FsloraError):  # the page must not hide what stopped the run
             write_report(folder)
@@ -97,14 +98,43 @@ def write_report(folder: RunFolder) -> Path:
     return write_page(folder.path)
 
 
+@dataclass(frozen=True)
+class Scored:
+    """One adapter on everything that is held out: the test split, and every client's own share."""
+
+    test: Scores
+    own: Predictions | None
+    """Over the clients' held-out examples, one client after the other; None when there are none."""
+
+
+def scored(federation: Federation, adapter: Adapter) -> Scored:
+    """Returns the scores of an adapter; one without layers is the base with that head."""
+    owned = np.concatenate(federation.sites.partition.holdout)
+    own = predict(federation.base, adapter, federation.train.take(owned)) if len(owned) else None
+    return Scored(predict(federation.base, adapter, federation.test).scores(), own)
+
+
+@dataclass(frozen=True)
+class Untrained:
+    """What a federation scores before any training: its base with the fresh head."""
+
+    federation: Federation
+    scored: Scored
+
+    @classmethod
+    def of(cls, federation: Federation, known: Untrained | None = None) -> Untrained:
+        """Returns the scores before training; ``known`` where it is of the same base and the same data."""
+        if known and (known.federation.base, known.federation.sites) == (federation.base, federation.sites):
+            return known
+        return cls(federation, scored(federation, Adapter({}, federation.template.dense)))
+
+
 def _run_one(
-    federation: Federation, folder: RunFolder, name: str, before: dict[str, float] | None, stage: Stage
-) -> dict[str, float]:
+    federation: Federation, folder: RunFolder, name: str, known: Untrained | None, stage: Stage
+) -> Untrained | None:
     """Runs one method to its end and writes its adapter and summary; returns the scores before training."""
-    summary = folder.read_json("summary.json")
-    if summary and summary["finished"]:
-        scores: dict[str, float] = summary["test"]["before"]
-        return scores
+    if (folder.read_json("summary.json") or {}).get("finished"):
+        return known
     done = folder.load_checkpoint()
     with stage.rounds(name, done[0] if done else 0, federation.experiment.run.rounds) as watcher:
         simulation = Simulation(federation, folder, watcher)
@@ -113,13 +143,11 @@ def _run_one(
         except KeyboardInterrupt:
             _leave_usable(simulation, folder)
             raise
-    start = simulation.method.global_adapter(simulation.initial_state())
-    if before is None:
-        before = predict(federation.base, start, federation.test).scores()
     _write_adapter(simulation, folder, state)
-    after = simulation.method.global_adapter(state)
-    folder.write_json("summary.json", _summary(federation, folder, start, after, before))
-    return before
+    untrained = Untrained.of(federation, known)
+    adapter = simulation.method.global_adapter(state)
+    folder.write_json("summary.json", _summary(federation, folder, adapter, untrained.scored))
+    return untrained
 
 
 def _leave_usable(simulation: Simulation, folder: RunFolder) -> None:
@@ -166,47 +194,40 @@ print(labels[model(**inputs).logits.argmax().item()])
 """
 
 
-def _summary(
-    federation: Federation, folder: RunFolder, start: Adapter, after: Adapter, before: dict[str, float]
-) -> dict[str, Any]:
+def _summary(federation: Federation, folder: RunFolder, adapter: Adapter, before: Scored) -> dict[str, Any]:
     rows = [row for row in folder.metrics() if row["round"] > 0]
+    after = scored(federation, adapter)
     return {
         "method": federation.experiment.method.name,
         "rounds": len(rows),
         "finished": len(rows) == federation.experiment.run.rounds,
-        "test": {"before": before, "after": predict(federation.base, after, federation.test).scores()},
-        "clients": client_scores(federation, start, after),
+        "test": {"before": before.test, "after": after.test},
+        "clients": client_scores(federation, before, after),
         "bytes_down": sum(row["bytes_down"] for row in rows),
         "bytes_up": sum(row["bytes_up"] for row in rows),
         "train_seconds": sum(row["seconds"] for row in rows),
         "peak_memory_bytes": peak_memory(),
-        "adapter_rank": next(iter(after.layers.values())).rank,
-        "adapter_parameters": sum(tensor.numel() for tensor in after.tensors().values()),
+        "adapter_rank": next(iter(adapter.layers.values())).rank,
+        "adapter_parameters": sum(tensor.numel() for tensor in adapter.tensors().values()),
         "base_parameters": federation.base.parameters,
     }
 
 
-def client_scores(federation: Federation, before: Adapter, after: Adapter) -> list[dict[str, Any]]:
-    """Returns, per client, the scores of two adapters on the client's own held-out examples."""
-    holdout = federation.sites.partition.holdout
-    owned = np.concatenate(holdout)
-    if not len(owned):
-        return []
-    data = federation.train.take(owned)
-    results = [predict(federation.base, adapter, data) for adapter in (before, after)]
-    starts = np.cumsum([0, *(len(index) for index in holdout)])
+def client_scores(federation: Federation, before: Scored, after: Scored) -> list[dict[str, Any]]:
+    """Returns, per client, two adapters' scores on the client's own held-out examples (None without any)."""
+    starts = np.cumsum([0, *(len(index) for index in federation.sites.partition.holdout)])
 
-    def own(prediction: Predictions, client: int) -> dict[str, float] | None:
+    def own(result: Scored, client: int) -> Scores | None:
         part = slice(starts[client], starts[client + 1])
-        return prediction.scores(part) if starts[client + 1] > starts[client] else None
+        return result.own.scores(part) if result.own and starts[client + 1] > starts[client] else None
 
     return [
         {
             "id": client.id,
             "rank": client.rank,
             "examples": client.examples,
-            "before": own(results[0], client.id),
-            "after": own(results[1], client.id),
+            "before": own(before, client.id),
+            "after": own(after, client.id),
         }
         for client in federation.sites.fleet
     ]
