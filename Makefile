@@ -21,7 +21,10 @@ lint: $(VENV)/.installed-dev
 check: lint test
 
 bench: $(VENV)/.installed-dev
-	$(BIN)/python benchmarks/engines.py
+	$(BIN)/python benchmarks/engines.py --clients 8
+	$(BIN)/python benchmarks/engines.py --clients 8 --targets all
+	$(BIN)/python benchmarks/engines.py --clients 16
+	$(BIN)/python benchmarks/engines.py --clients 16 --batch 1 --tokens 32
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -52,7 +52,7 @@ def updates(simulation: Simulation, state, cohort, method: FSLoRA, draws: int):
         sketches = Round(0, cohort, Rng(draw).child("draws"))
         tally = Tally()
         broadcasts = {client.id: method.broadcast(state, client, sketches) for client in cohort}
-        problems = [simulation._problem(client, broadcasts[client.id], plan) for client in cohort]
+        problems = [simulation.problem(client, broadcasts[client.id], plan) for client in cohort]
         for client in cohort:
             tally.sent(client, broadcasts[client.id], simulation.experiment.adapter.rank)
         trained = simulation.engine.train(problems, simulation.experiment.local.lr)

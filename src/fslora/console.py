@@ -7,10 +7,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from fslora.report.text import byte_text, percent
 from fslora.simulate import Watcher
+
+
+FACTS = ("loss", "accuracy", "sent", "dropped")
+"""In the order in which the bar shows them; together they fit a terminal of 80 columns."""
 
 
 class Silent:
@@ -44,26 +48,26 @@ class RoundBar:
     def client_done(self, loss: float) -> None:
         """Moves the bar by one client's share of the round."""
         self._done += 1
-        self._facts.setdefault("loss", f"{loss:.3f}")
+        self._facts.setdefault("loss", f"loss {loss:.3f}")
         self._progress.update(self._task, completed=self._number - 1 + self._done / self._of)
         self._show()
 
     def round_done(self, row: Mapping[str, Any]) -> None:
         """Shows the round's mean loss, bytes so far and, where it was evaluated, accuracy."""
         if "loss" in row:
-            self._facts["loss"] = f"{row['loss']:.3f}"
+            self._facts["loss"] = f"loss {row['loss']:.3f}"
         if row.get("validation"):
-            self._facts["accuracy"] = percent(row["validation"]["accuracy"])
+            self._facts["accuracy"] = f"acc {percent(row['validation']['accuracy'])}"
         self._facts["sent"] = byte_text(row["bytes_total"])
         if row.get("dropped"):
-            self._facts["dropped"] = str(len(row["dropped"]))
+            self._facts["dropped"] = f"{len(row['dropped'])} dropped"
         self._progress.update(self._task, completed=row["round"])
         self._show()
 
     def _show(self) -> None:
-        facts = "  ".join(f"{name} {value}" for name, value in self._facts.items())
-        clients = f"clients {self._done}/{self._of}  " if self._of else ""
-        self._progress.update(self._task, facts=clients + facts)
+        facts = "  ".join(self._facts[name] for name in FACTS if name in self._facts)
+        clients = f"  {self._done}/{self._of} clients" if self._of else ""
+        self._progress.update(self._task, facts=facts + clients)
 
 
 class Terminal:
@@ -86,12 +90,10 @@ class Terminal:
             return
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(bar_width=18),
+            BarColumn(bar_width=8),
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             TextColumn("{task.fields[facts]}", markup=False),
             TimeElapsedColumn(),
-            TextColumn("<"),
-            TimeRemainingColumn(),
         )
         with Progress(*columns, console=self._console) as progress:
             task = progress.add_task(f"{name:<11}", total=total, completed=done, facts="")

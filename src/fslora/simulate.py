@@ -137,7 +137,7 @@ class Simulation:
                 broadcast = self.method.broadcast(state, client, plan)
                 tally.sent(client, broadcast, self.experiment.adapter.rank)
                 pending[client.id] = broadcast
-                yield self._problem(client, broadcast, plan)
+                yield self.problem(client, broadcast, plan)
 
         lr = self.experiment.local.lr_at(plan.number, self.experiment.run.rounds)
         for trained in self.engine.train(problems(), lr):
@@ -152,7 +152,8 @@ class Simulation:
             tally.losses[client.id] = sum(trained.losses) / len(trained.losses)
             yield update
 
-    def _problem(self, client: Client, broadcast: Broadcast, plan: Round) -> LocalProblem:
+    def problem(self, client: Client, broadcast: Broadcast, plan: Round) -> LocalProblem:
+        """Returns what the engine trains for one client: the broadcast and the batches of its local steps."""
         local = self.experiment.local
         index = self.federation.sites.partition.train[client.id]
         stream = plan.rng.child("batches", client.id)
