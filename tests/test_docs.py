@@ -90,3 +90,20 @@ Each table under `[variants]` is a further run of the same experiment with some 
 a file without variants runs none.
 
 """
+
+
+def test_the_readme_s_commands_run(tiny_settings, tmp_path, monkeypatch):
+    """The block under "Use", line by line in an empty folder; runs are made tiny by further --set items."""
+    from typer.testing import CliRunner
+
+    monkeypatch.chdir(tmp_path)
+    block = (ROOT / "README.md").read_text().split("## Use")[1].split("```sh\n")[1].split("```")[0]
+    lines = [line.split("#")[0].split() for line in block.splitlines()]
+    tiny = [part for item in [*tiny_settings, "run.rounds=1"] for part in ("--set", item)]
+    assert len(lines) > 8
+    for words in lines:
+        extra = tiny if words[1] in ("run", "data") else []
+        result = CliRunner().invoke(app, words[1:] + extra)
+        assert result.exit_code == 0, (words, result.output, result.exception)
+    for path in ("runs/mine/report.html", "adapter-4/adapter_config.json", "merged/model.safetensors"):
+        assert (tmp_path / path).is_file(), path

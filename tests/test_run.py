@@ -383,3 +383,28 @@ def test_variants_share_base_and_tokens(tiny_settings):
     third = workshop.federation(other)
     assert third.base is not first.base
     assert third.train is first.train
+
+
+def test_clients_with_one_class_or_one_example_train_by_epochs(tiny_settings, tmp_path):
+    """Extreme skew: sizes from 1 up, clients of one class, steps that differ by client."""
+    skewed = ["partition.alpha=0.01", "partition.min_examples=1", "fleet.cohort=all", "local.epochs=1"]
+    experiment = config.load(None, [*tiny_settings, *skewed, "run.rounds=1"])
+    federation = Workshop().federation(experiment)
+    classes = [len(set(federation.train.labels[index])) for index in federation.sites.partition.train]
+    sizes = [client.examples for client in federation.sites.fleet]
+    assert min(classes) == 1
+    assert min(sizes) == 1
+    state, tally = Simulation(federation, RunFolder.create(tmp_path / "run"), Silent()).round(
+        Simulation(federation, RunFolder(tmp_path / "run"), Silent()).initial_state(), 0
+    )
+    assert sorted(tally.losses) == list(range(6))
+    assert all(torch.isfinite(tensor).all() for tensor in state.adapter.tensors().values())
+
+
+def test_long_texts_are_cut_counted_and_reported(tiny_settings, tmp_path):
+    stage = Quiet()
+    experiment = config.load(None, [*tiny_settings, "model.max_length=6", "run.rounds=1"])
+    runner.start(experiment.model_copy(update={"variants": {}}), tmp_path / "run", stage)
+    cut = json.loads((tmp_path / "run/data.json").read_text())["truncated"]
+    assert cut > 0
+    assert any(f"texts cut at 6 tokens (model.max_length): {cut}" in note for note in stage.notes)

@@ -12,7 +12,6 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from fslora.report.text import byte_text, percent
 from fslora.simulate import Watcher
 
-
 FACTS = ("loss", "accuracy", "sent", "dropped")
 """In the order in which the bar shows them; together they fit a terminal of 80 columns."""
 
