@@ -331,7 +331,7 @@ def test_ctrl_c_leaves_a_run_that_resumes(tiny_settings, tmp_path):
 
 
 def test_init_writes_a_file_that_runs(tmp_path):
-    assert fslora("init", cwd=tmp_path).returncode == 0
+    assert json.loads(fslora("init", "--json", cwd=tmp_path).stdout) == {"file": "experiment.toml"}
     assert config.load(tmp_path / "experiment.toml") == config.load(None)
     again = fslora("init", cwd=tmp_path)
     assert again.returncode == 2

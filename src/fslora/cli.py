@@ -156,6 +156,8 @@ def report(path: RunPath, as_json: AsJson = False, quiet: Quiet = False) -> None
 def init(
     to: Annotated[Path, typer.Argument(help="The file to write.")] = Path("experiment.toml"),
     overrides: Overrides = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write the embedded default as a commented TOML file to start from."""
     from fslora import config
@@ -168,7 +170,10 @@ def init(
         raise ConfigError(f"{to} exists already; name another file") from None
     except OSError as error:
         raise ArtifactError(f"{to} cannot be written: {error}") from None
-    print(f"{to} written; run it with `fslora run {to}`")
+    if as_json:
+        _print_json({"file": str(to)})
+    else:
+        print(to if quiet else f"{to} written; run it with `fslora run {to}`")
 
 
 @app.command()
