@@ -275,13 +275,13 @@ class Experiment(Section):
             )
         if self.data.task == "chapters" and self.data.source != "stdlib":
             raise ValueError(f"data.source is {self.data.source!r}, but data.task 'chapters' exists for 'stdlib' only")
+        if self.data.task == "table" and self.data.source == "stdlib":
+            raise ValueError("data.source is 'stdlib', but data.task 'table' needs a file or a data set's hub name")
         if self.data.task == "table" and self.partition.kind == "natural" and self.data.group is None:
             raise ValueError(
                 "partition.kind is 'natural', but data.group names no column that tells whose row it is; "
                 "set data.group, or partition.kind to 'dirichlet' or 'iid'"
             )
-        if self.data.task == "table" and self.data.source == "stdlib":
-            raise ValueError("data.source is 'stdlib', but data.task 'table' needs a file or a data set's hub name")
         return self
 
     def variant(self, name: str) -> Experiment:
