@@ -589,3 +589,9 @@ def test_the_resolved_toml_is_plain():
     assert "ranks" not in document["fleet"]
     assert document["method"]["server"]["eps"] == 1e-8
     assert document["variants"]["fedit-low"] == {"method": {"name": "fedit", "rank": "smallest"}}
+
+
+def test_an_empty_table_clears_what_was_there():
+    """`--set variants={}` runs the main run alone."""
+    assert load(None).variants
+    assert load(None, ["variants={}"]).variants == {}

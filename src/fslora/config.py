@@ -335,13 +335,14 @@ def build(fields: Mapping[str, Any], source: str) -> Experiment:
 def merged(fields: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Returns ``fields`` with ``changes`` laid over it, table by table.
 
-    Changing ``method.name`` drops the other method's keys, and naming one of ``fleet``'s three ways to give
-    ranks (or one of ``local``'s two lengths) drops the others.
+    An empty table clears what was there (``--set variants={}`` runs the main run alone). Changing
+    ``method.name`` drops the other method's keys, and naming one of ``fleet``'s three ways to give ranks (or one of
+    ``local``'s two lengths) drops the others.
     """
     result = dict(fields)
     for key, value in changes.items():
         old = result.get(key)
-        if not isinstance(value, Mapping) or not isinstance(old, Mapping):
+        if not value or not isinstance(value, Mapping) or not isinstance(old, Mapping):
             result[key] = value
             continue
         if key == "method" and "name" in value and value["name"] != old.get("name", "fslora"):
