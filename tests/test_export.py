@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,15 +27,6 @@ LOGITS = 1e-5
 SCALE = 1e-15
 # Float32 factors of a float64 SVD; products of entries below 1.
 SVD32 = 1e-5
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Tensors here are tiny: one thread is faster, and leaves the other cores to others."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def trained_adapter(template: Template, rank: int, seed: int = 0) -> Adapter:

@@ -98,15 +98,6 @@ every_method = pytest.mark.parametrize("method", METHOD_CASES.values(), ids=METH
 plain_server = pytest.mark.parametrize("method", ADDS_THE_MEAN.values(), ids=ADDS_THE_MEAN.keys())
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Tensors here are tiny: one thread is faster, and leaves the other cores to others."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def plan(number: int, members: tuple[int, ...] | None = None) -> Round:
     ids = COHORTS[number % len(COHORTS)] if members is None else members
     return Round(number, tuple(FLEET[i] for i in ids), Rng(3).child("round", number))

@@ -115,7 +115,7 @@ class Workshop:
         model, seed = experiment.model, experiment.run.seed
         base_key = f"base {model!r} {experiment.adapter.targets!r} {names!r} {seed}"
         if base_key not in self._kept:
-            # One base at a time: memory holds one model, whatever the variants change.
+            # Only the newest base is kept here; an older one goes when its last federation does.
             self._kept = {key: value for key, value in self._kept.items() if not key.startswith("base ")}
             self._kept[base_key] = load_base(model, experiment.adapter, names, Rng(seed))
         base = self._kept[base_key]

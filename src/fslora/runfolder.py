@@ -142,6 +142,17 @@ class RunFolder:
             if old != final:
                 shutil.rmtree(old, ignore_errors=True)
 
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end."""
+        return bool((self.read_json("summary.json") or {}).get("finished"))
+
+    @property
+    def rounds_done(self) -> int:
+        """Rounds in the newest checkpoint; its tensors are not read."""
+        found = self._checkpoints()
+        return int(found[-1].name.removeprefix("round-")) if found else 0
+
     def load_checkpoint(self) -> tuple[int, ServerState] | None:
         """Returns (rounds done, state) of the newest checkpoint, or None when there is none."""
         found = self._checkpoints()

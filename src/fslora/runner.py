@@ -64,7 +64,7 @@ def resume(path: Path, stage: Stage) -> RunFolder:
 
 
 def carry_out(experiment: Experiment, folder: RunFolder, workshop: Workshop, stage: Stage) -> None:
-    """Does whatever of the experiment is not yet in its folder, and writes the page after each part."""
+    """Does whatever of the experiment is not yet in its folder; the page is written at the end, however that comes."""
     federation = workshop.federation(experiment)
     folder.write_json("data.json", federation.sites.describe(federation.truncated))
     _explain(federation, stage)
@@ -73,11 +73,13 @@ def carry_out(experiment: Experiment, folder: RunFolder, workshop: Workshop, sta
         splits = (federation.train, federation.validation, federation.test)
         folder.write_json("baseline.json", frozen_baseline(federation.base, *splits, federation.rng.child("baseline")))
     try:
-        untrained = _run_one(federation, folder, experiment.method.name, None, stage)
+        untrained = None
+        if not folder.finished:
+            untrained = _run_one(federation, folder, experiment.method.name, None, stage)
         for name in experiment.variants:
             varied = experiment.variant(name)
             inside = folder.variant(name)
-            if (inside.read_json("summary.json") or {}).get("finished"):
+            if inside.finished:
                 continue
             other = workshop.federation(varied)
             inside.write_text("experiment.toml", to_toml(varied))
@@ -129,14 +131,9 @@ class Untrained:
         return cls(federation, scored(federation, Adapter({}, federation.template.dense)))
 
 
-def _run_one(
-    federation: Federation, folder: RunFolder, name: str, known: Untrained | None, stage: Stage
-) -> Untrained | None:
+def _run_one(federation: Federation, folder: RunFolder, name: str, known: Untrained | None, stage: Stage) -> Untrained:
     """Runs one method to its end and writes its adapter and summary; returns the scores before training."""
-    if (folder.read_json("summary.json") or {}).get("finished"):
-        return known
-    done = folder.load_checkpoint()
-    with stage.rounds(name, done[0] if done else 0, federation.experiment.run.rounds) as watcher:
+    with stage.rounds(name, folder.rounds_done, federation.experiment.run.rounds) as watcher:
         simulation = Simulation(federation, folder, watcher)
         try:
             state = simulation.run()

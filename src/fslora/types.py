@@ -61,6 +61,11 @@ class Adapter:
         named.update({f"{name}:dense": tensor for name, tensor in self.dense.items()})
         return named
 
+    def with_tensors(self, named: Mapping[str, Tensor]) -> Adapter:
+        """Returns the adapter of these layers and scales that holds other tensors, named as ``tensors`` names them."""
+        layers = {name: LoRA(named[f"{name}:A"], named[f"{name}:Bt"], pair.scale) for name, pair in self.layers.items()}
+        return Adapter(layers, {name: named[f"{name}:dense"] for name in self.dense})
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors as they stand."""

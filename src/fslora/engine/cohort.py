@@ -20,7 +20,7 @@ from fslora.config import LocalConfig
 from fslora.engine.optim import make_optimizer, narrowed
 from fslora.models.base import Base
 from fslora.models.slots import Change, Dropout, Layout, StackedDense, StackedPair
-from fslora.types import Adapter, Batch, LocalProblem, LoRA, Tensor, Trained
+from fslora.types import Adapter, Batch, LocalProblem, Tensor, Trained
 
 
 class CohortEngine:
@@ -51,7 +51,7 @@ class CohortEngine:
             if len(batches) != active:
                 active = len(batches)
                 stack.activate(active)
-                optimizer = narrowed(optimizer, active, make_optimizer([stack.flat_leaf], self.local, lr))
+                optimizer = narrowed(optimizer, active, make_optimizer([stack.flat_leaf], self.local, lr, fused=True))
             losses.append(self._backward(stack, batches, dropout))
             stack.clip(self.local.clip_norm)
             assert optimizer is not None
@@ -85,11 +85,11 @@ class Stack:
     def __init__(self, adapters: Sequence[Adapter], device: torch.device) -> None:
         self._adapters = adapters
         first = adapters[0]
-        self._ranks = {name: max(a.layers[name].rank for a in adapters) for name in first.layers}
         self._shapes: dict[str, tuple[int, ...]] = {}
         for name, pair in first.layers.items():
-            self._shapes[f"{name}:A"] = (self._ranks[name], pair.A.shape[1])
-            self._shapes[f"{name}:Bt"] = (self._ranks[name], pair.Bt.shape[1])
+            rank = max(adapter.layers[name].rank for adapter in adapters)
+            self._shapes[f"{name}:A"] = (rank, pair.A.shape[1])
+            self._shapes[f"{name}:Bt"] = (rank, pair.Bt.shape[1])
         self._shapes.update({f"{name}:dense": tuple(tensor.shape) for name, tensor in first.dense.items()})
         sizes = [torch.Size(shape).numel() for shape in self._shapes.values()]
         self._flat = torch.zeros(len(adapters), sum(sizes), device=device)
@@ -102,7 +102,6 @@ class Stack:
             views = self._views(self._flat[c : c + 1])
             for name, tensor in adapter.tensors().items():
                 views[name][0][tuple(slice(0, n) for n in tensor.shape)].copy_(tensor)
-        self.activate(len(adapters))
 
     def activate(self, clients: int) -> None:
         """Makes the first ``clients`` rows the ones that train; the others keep their values."""
@@ -147,15 +146,8 @@ class Stack:
     def adapter(self, c: int) -> Adapter:
         """Returns the trained adapter of client c, at its own rank, as its own memory on the CPU."""
         like, views = self._adapters[c], self._views(self._flat[c : c + 1])
-
-        def trained(name: str, rows: int) -> Tensor:
-            return views[name][0][:rows].detach().to("cpu", copy=True)
-
-        layers = {
-            name: LoRA(trained(f"{name}:A", pair.rank), trained(f"{name}:Bt", pair.rank), pair.scale)
-            for name, pair in like.layers.items()
-        }
-        return Adapter(layers, {name: trained(f"{name}:dense", len(t)) for name, t in like.dense.items()})
+        own = {name: views[name][0][: len(tensor)] for name, tensor in like.tensors().items()}
+        return like.with_tensors({name: view.detach().to("cpu", copy=True) for name, view in own.items()})
 
     def _views(self, flat: Tensor) -> dict[str, Tensor]:
         views, start = {}, 0

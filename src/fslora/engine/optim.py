@@ -11,11 +11,11 @@ from fslora.config import LocalConfig
 from fslora.types import Tensor
 
 
-def make_optimizer(parameters: Sequence[Tensor], local: LocalConfig, lr: float) -> Optimizer:
+def make_optimizer(parameters: Sequence[Tensor], local: LocalConfig, lr: float, fused: bool) -> Optimizer:
     """Returns the configured optimizer; all of them act elementwise, so stacked clients stay independent."""
     if local.optimizer == "adamw":
-        return AdamW(parameters, lr=lr, weight_decay=local.weight_decay, fused=True)
-    return SGD(parameters, lr=lr, momentum=local.momentum, weight_decay=local.weight_decay, fused=True)
+        return AdamW(parameters, lr=lr, weight_decay=local.weight_decay, fused=fused)
+    return SGD(parameters, lr=lr, momentum=local.momentum, weight_decay=local.weight_decay, fused=fused)
 
 
 def narrowed(old: Optimizer | None, clients: int, new: Optimizer) -> Optimizer:

@@ -11,9 +11,10 @@ import torch
 from torch.nn import functional
 
 from fslora.config import LocalConfig
+from fslora.engine.optim import make_optimizer
 from fslora.models.base import Base
 from fslora.models.slots import Change, Dropout, SinglePair
-from fslora.types import Adapter, LocalProblem, LoRA, Tensor, Trained
+from fslora.types import LocalProblem, Trained
 
 
 class SequentialEngine:
@@ -40,7 +41,7 @@ class SequentialEngine:
             for name, pair in start.layers.items()
         }
         dense = {name: leaves[f"{name}:dense"] for name in start.dense}
-        optimizer = self._optimizer(list(leaves.values()), lr)
+        optimizer = make_optimizer(list(leaves.values()), self.local, lr, fused=False)
         losses = []
         for batch in problem.batches:
             optimizer.zero_grad()
@@ -52,16 +53,5 @@ class SequentialEngine:
                 torch.nn.utils.clip_grad_norm_(leaves.values(), self.local.clip_norm)
             optimizer.step()
             losses.append(loss.item())
-        return Trained(problem.client, _detached(start, leaves), tuple(losses))
-
-    def _optimizer(self, leaves: list[Tensor], lr: float) -> torch.optim.Optimizer:
-        local = self.local
-        if local.optimizer == "adamw":
-            return torch.optim.AdamW(leaves, lr=lr, weight_decay=local.weight_decay)
-        return torch.optim.SGD(leaves, lr=lr, momentum=local.momentum, weight_decay=local.weight_decay)
-
-
-def _detached(start: Adapter, leaves: dict[str, Tensor]) -> Adapter:
-    values = {name: leaf.detach().cpu() for name, leaf in leaves.items()}
-    layers = {name: LoRA(values[f"{name}:A"], values[f"{name}:Bt"], pair.scale) for name, pair in start.layers.items()}
-    return Adapter(layers, {name: values[f"{name}:dense"] for name in start.dense})
+        values = {name: leaf.detach().cpu() for name, leaf in leaves.items()}
+        return Trained(problem.client, start.with_tensors(values), tuple(losses))
