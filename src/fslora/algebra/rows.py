@@ -61,6 +61,11 @@ class ScatterMean:
             self._sum.dense[name].add_(tensor, alpha=weight)
         self._weight += weight
 
+    @property
+    def weight(self) -> float:
+        """The sum of all weights added; 0 when no update came in."""
+        return self._weight
+
     def mean(self, over: AverageOver) -> Adapter:
         """Returns the mean; dense tensors are divided by the cohort's weight either way.
 
