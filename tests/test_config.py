@@ -219,7 +219,7 @@ def fields_of(table: BaseModel):
 REFUSED = {
     "unknown section, with the known ones": (
         {"x": {}},
-        r"x: unknown key .*Known here: adapter, data, engine, fleet, local, method, model, partition, run, variants\.",
+        r"x: unknown key .*Known here: adapter, compare, data, engine, fleet, local, method, model, partition, run, variants\.",
     ),
     "unknown section, with a suggestion": ({"fleets": {}}, r"fleets: unknown key .*did you mean 'fleet'\?"),
     "unknown key, with a suggestion": (

@@ -14,7 +14,7 @@ from fslora.engine.cohort import CohortEngine
 from fslora.engine.sequential import SequentialEngine
 from fslora.models.slots import Dropout
 from fslora.rng import Rng
-from fslora.types import Adapter, LocalProblem, LoRA, Trained
+from fslora.types import Adapter, LocalProblem, LoRA, Start, Trained
 
 # Two orders of summation in float32 over a few steps; AdamW divides by small second moments.
 TOLERANCE = 2e-5
@@ -43,7 +43,7 @@ def problems(base, ranks=RANKS, sizes=SIZES, steps=STEPS, longest=12) -> list[Lo
         texts = tuple(" ".join(draw.choice(WORDS, draw.integers(1, longest))) for _ in range(size * count))
         data = encode(Examples(texts, draw.integers(0, len(LABELS), size * count)), base.tokenizer, 32)
         batches = [data.batch(range(step * size, (step + 1) * size)) for step in range(count)]
-        made.append(LocalProblem(client, random_adapter(base, rank, rng), batches, rng))
+        made.append(LocalProblem(client, Start(random_adapter(base, rank, rng)), batches, rng))
     return made
 
 
@@ -77,7 +77,7 @@ def test_training_moves_everything_and_leaves_the_base_alone(tiny_base, sizes):
     local = LocalConfig(lr=1e-3)
     given = problems(base, sizes=sizes)
     for problem, trained in zip(given, CohortEngine(base, local, 0.0, 4).train(given, local.lr), strict=True):
-        start = problem.adapter.tensors()
+        start = problem.start.adapter.tensors()
         for name, tensor in trained.adapter.tensors().items():
             assert not torch.equal(tensor, start[name]), name
     for name, tensor in base.model.state_dict().items():
@@ -128,7 +128,7 @@ def test_dropout_changes_cohort_and_sequential_alike(tiny_base):
     def mean_loss(engine) -> tuple[float, float]:
         losses = []
         for draw in range(150):
-            seeded = [LocalProblem(p.client, p.adapter, p.batches, Rng(draw).child(p.client)) for p in given]
+            seeded = [LocalProblem(p.client, p.start, p.batches, Rng(draw).child(p.client)) for p in given]
             losses.append(next(iter(engine.train(seeded, 1e-6))).losses[0])
         sample = torch.tensor(losses)
         return sample.mean().item(), sample.std().item() / len(losses) ** 0.5
@@ -153,7 +153,7 @@ def test_equals_a_peft_model_trained_by_hand(tiny_base, tiny_folder, architectur
 
     model = AutoModelForSequenceClassification.from_pretrained(tiny_folder(architecture), num_labels=len(LABELS))
     model.config.pad_token_id = base.tokenizer.pad_token_id
-    scale = next(iter(problem.adapter.layers.values())).scale
+    scale = next(iter(problem.start.adapter.layers.values())).scale
     config = LoraConfig(
         r=4,
         lora_alpha=scale * 4,
@@ -165,7 +165,7 @@ def test_equals_a_peft_model_trained_by_hand(tiny_base, tiny_folder, architectur
     peft = get_peft_model(model, config).eval()
     parameters = {name: p for name, p in peft.named_parameters() if p.requires_grad}
     for name, parameter in parameters.items():
-        parameter.data.copy_(_peft_value(name, problem.adapter))
+        parameter.data.copy_(_peft_value(name, problem.start.adapter))
     kind = torch.optim.AdamW if optimizer == "adamw" else torch.optim.SGD
     options = {"weight_decay": 0.0} if optimizer == "adamw" else {"momentum": local.momentum}
     stepper = kind(parameters.values(), lr=local.lr, **options)

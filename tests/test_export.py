@@ -236,16 +236,21 @@ def test_export_replaces_a_folder_as_a_whole(tmp_path):
     assert_same(import_peft(folder), second)
 
 
-def test_layers_of_unequal_rank_or_scale_are_refused(tmp_path):
-    """One PEFT adapter of one rank cannot hold them: ValueError, and nothing is written."""
+def test_layers_may_differ_in_rank_and_scale(tmp_path):
+    """What most layers have is r and lora_alpha; the others go into rank_pattern and alpha_pattern, and come back."""
     adapter = trained_adapter(small_template(), 4)
     query, out = adapter.layers["a.query"], adapter.layers["a.out"]
     lower = Adapter({"a.query": query, "a.out": LoRA(out.A[:3], out.Bt[:3], out.scale)}, adapter.dense)
     louder = Adapter({"a.query": query, "a.out": LoRA(out.A, out.Bt, 2 * out.scale)}, adapter.dense)
-    for unequal in (lower, louder):
-        with pytest.raises(ValueError, match="rank or scale"):
-            export_peft(unequal, ("classifier",), "b", tmp_path / "a")
-    assert list(tmp_path.iterdir()) == []
+    for number, unequal in enumerate((lower, louder)):
+        folder = export_peft(unequal, ("classifier",), "b", tmp_path / str(number))
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert (config["r"], config["lora_alpha"]) == (query.rank, query.scale * query.rank)
+        assert config["rank_pattern"] == ({"a\\.out": 3} if unequal is lower else {})
+        assert config["alpha_pattern"] == {"a\\.out": unequal.layers["a.out"].scale * unequal.layers["a.out"].rank}
+        again = import_peft(folder)
+        assert_same(again, unequal)
+        assert {n: p.scale for n, p in again.layers.items()} == {n: p.scale for n, p in unequal.layers.items()}
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
@@ -298,8 +303,6 @@ DAMAGES = {
         folder / "adapter_model.safetensors", "base_model.model.a.out.lora_B.weight"
     ),
     "DoRA": lambda folder: edit_config(folder, use_dora=True),
-    "ranks by layer": lambda folder: edit_config(folder, rank_pattern={"a.out": 2}),
-    "alphas by layer": lambda folder: edit_config(folder, alpha_pattern={"a.out": 2}),
     "another kind": lambda folder: edit_config(folder, peft_type="IA3"),
 }
 
@@ -337,14 +340,15 @@ def test_lower_rank_is_the_best_of_its_rank_in_every_layer():
 
 
 def test_all_ranks_keep_all_energy():
-    """rank = full: the same function; a rank above it is refused."""
+    """rank = full: the same function, and so for any rank above it; a rank below 1 is refused."""
     adapter = trained_adapter(small_template(), 4)
-    whole, energy = lower_rank(adapter, 4)
-    assert energy == pytest.approx(1.0, abs=SVD32)
-    for name, pair in adapter.layers.items():
-        torch.testing.assert_close(whole.layers[name].delta, pair.delta, atol=SVD32, rtol=0)
-    with pytest.raises(ValueError, match=r"rank 5 is not in 1\.\.4"):
-        lower_rank(adapter, 5)
+    for rank in (4, 5):
+        whole, energy = lower_rank(adapter, rank)
+        assert energy == pytest.approx(1.0, abs=SVD32)
+        for name, pair in adapter.layers.items():
+            torch.testing.assert_close(whole.layers[name].delta, pair.delta, atol=SVD32, rtol=0)
+    with pytest.raises(ValueError, match=r"rank 0 is not in 1\.\.4"):
+        lower_rank(adapter, 0)
 
 
 @pytest.mark.parametrize("energy", [0.0, 0.3, 0.6, 0.9, 0.99, 1.0])
@@ -436,7 +440,7 @@ def test_a_checkpoint_gives_back_the_same_bits(tmp_path):
     state = trained_state()
     assert state.slots.keys() == {"first_moment", "second_moment"}
     RunFolder(tmp_path).save_checkpoint(12, state)
-    rounds, again = RunFolder(tmp_path).load_checkpoint()
+    rounds, again, _ = RunFolder(tmp_path).load_checkpoint()
     assert rounds == 12
     assert_same_state(again, state)
 
@@ -448,7 +452,7 @@ def test_odd_scales_and_special_values_survive(tmp_path):
     assert not turned.is_contiguous()
     layers = {"l": LoRA(special, torch.ones(1, 2), 0.1 + 0.2), "m": LoRA(turned, turned, 1.0)}
     RunFolder(tmp_path).save_checkpoint(1, ServerState(Adapter(layers)))
-    _, again = RunFolder(tmp_path).load_checkpoint()
+    _, again, _ = RunFolder(tmp_path).load_checkpoint()
     assert torch.equal(again.adapter.layers["m"].A, turned)
     assert again.adapter.layers["l"].scale == 0.1 + 0.2
     assert torch.equal(again.adapter.layers["l"].A.view(torch.int32), special.view(torch.int32))
@@ -465,7 +469,8 @@ def test_only_the_newest_checkpoint_is_kept(tmp_path):
     for rounds in (1, 2, 10, 10):
         folder.save_checkpoint(rounds, trained_state(rounds))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["round-000010"]
-    rounds, state = folder.load_checkpoint()
+    rounds, state, memories = folder.load_checkpoint()
+    assert memories == {}
     assert rounds == 10
     assert_same_state(state, trained_state(10))
 
@@ -478,7 +483,8 @@ def test_the_newest_of_several_is_loaded(tmp_path):
     folder.save_checkpoint(10, trained_state(10))
     shutil.copytree(kept, tmp_path / "checkpoints" / "round-000009")
     (tmp_path / "checkpoints" / ".partial-000011").mkdir()
-    rounds, state = folder.load_checkpoint()
+    rounds, state, memories = folder.load_checkpoint()
+    assert memories == {}
     assert rounds == 10
     assert_same_state(state, trained_state(10))
 
@@ -522,7 +528,8 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_one(tmp_path):
     (tmp_path / "checkpoints" / ".partial-000002").write_text("in the way")
     with pytest.raises(ArtifactError, match=r"round-000002 cannot be written.*fslora resume"):
         folder.save_checkpoint(2, trained_state(2))
-    rounds, state = folder.load_checkpoint()
+    rounds, state, memories = folder.load_checkpoint()
+    assert memories == {}
     assert rounds == 1
     assert_same_state(state, trained_state(1))
 

@@ -25,6 +25,7 @@ from fslora.prepare import Workshop
 from fslora.runfolder import RunFolder
 from fslora.simulate import Simulation
 from fslora.types import Adapter, Broadcast, LoRA, ServerState
+from kit import World, parts_of
 
 FSLORA = [sys.executable, "-c", "from fslora.cli import main; main()"]
 
@@ -52,11 +53,8 @@ class Quiet:
 
 
 def state_bits(folder: Path) -> dict[str, torch.Tensor]:
-    _, state = RunFolder.open(folder).load_checkpoint()
-    tensors = dict(state.adapter.tensors())
-    for name, slot in state.slots.items():
-        tensors.update({f"{name}|{key}": tensor for key, tensor in slot.tensors().items()})
-    return tensors
+    _, state, memories = RunFolder.open(folder).load_checkpoint()
+    return parts_of(World(state, memories))
 
 
 def assert_same_run(left: Path, right: Path) -> None:
@@ -65,7 +63,10 @@ def assert_same_run(left: Path, right: Path) -> None:
     for name in a:
         assert torch.equal(a[name], b[name]), name
     rows = [
-        [{k: v for k, v in row.items() if k != "seconds"} for row in RunFolder.open(folder).metrics()]
+        [
+            {k: v for k, v in row.items() if k not in ("seconds", "server_seconds")}
+            for row in RunFolder.open(folder).metrics()
+        ]
         for folder in (left, right)
     ]
     assert rows[0] == rows[1]
@@ -246,18 +247,18 @@ def test_eval_and_export_of_a_run(tiny_settings, tmp_path):
     summary = json.loads((path / "summary.json").read_text())
     assert result["test"] == {k: pytest.approx(v) for k, v in summary["test"].items()}
     assert [client["id"] for client in result["clients"]] == [client["id"] for client in summary["clients"]]
-    whole = export_run(path, tmp_path / "whole", None, None, False, Quiet())
+    whole = export_run(path, tmp_path / "whole", None, None, False, None, Quiet())
     assert whole["rank"] == 8
-    small = export_run(path, tmp_path / "small", 2, None, False, Quiet())
+    small = export_run(path, tmp_path / "small", 2, None, False, None, Quiet())
     assert small["rank"] == 2
     assert 0 < small["energy"] < 1
     assert import_peft(tmp_path / "small").layers[next(iter(import_peft(tmp_path / "small").layers))].rank == 2
-    by_energy = export_run(path, tmp_path / "energy", None, small["energy"], False, Quiet())
+    by_energy = export_run(path, tmp_path / "energy", None, small["energy"], False, None, Quiet())
     assert by_energy["rank"] == 2
-    export_run(path, tmp_path / "merged", None, None, True, Quiet())
+    export_run(path, tmp_path / "merged", None, None, True, None, Quiet())
     assert (tmp_path / "merged/model.safetensors").is_file()
     with pytest.raises(ArtifactError, match="exists already"):
-        export_run(path, tmp_path / "whole", None, None, False, Quiet())
+        export_run(path, tmp_path / "whole", None, None, False, None, Quiet())
 
 
 # The command itself, as a user runs it.

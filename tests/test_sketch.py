@@ -302,7 +302,7 @@ def broadcast_of(method: FSLoRA, rslora: bool = False, k: int = 4, round_number:
     }
     state = ServerState(Adapter(layers, state.adapter.dense))
     cohort = (Client(0, 2, 10), Client(3, k, 10), Client(5, 16, 10))
-    plan = Round(round_number, cohort, Rng(0).child("round", round_number))
+    plan = Round(round_number, cohort, Rng(0).child("round", round_number), template)
     return state, method.broadcast(state, cohort[1], plan)
 
 

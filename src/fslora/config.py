@@ -28,6 +28,10 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
 
 
+BUDGETS = ("max_bytes", "max_flops", "max_seconds")
+"""Keys of [run] that end a run before its last round; the learning rate then falls over the budget."""
+
+
 class RunConfig(Section):
     """How long to run, what to write and how often."""
 
@@ -35,6 +39,21 @@ class RunConfig(Section):
     rounds: int = Field(30, ge=1, description="Number of federated rounds.")
     eval_every: int = Field(6, ge=1, description="Rounds between evaluations on the validation split.")
     checkpoint_every: int = Field(1, ge=1, description="Rounds between checkpoints; the newest one is kept.")
+    max_bytes: float | None = Field(None, gt=0, description="Stop once so many bytes were sent, both ways together.")
+    max_flops: float | None = Field(None, gt=0, description="Stop once the clients computed so many operations.")
+    max_seconds: float | None = Field(None, gt=0, description="Stop after so many simulated seconds (see [fleet]).")
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        given = [key for key in BUDGETS if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are both given; give one of them, or rounds alone")
+        return self
+
+    @property
+    def budget(self) -> tuple[str, float] | None:
+        """The budget other than rounds, as (key, amount); None without one."""
+        return next(((key, amount) for key in BUDGETS if (amount := getattr(self, key)) is not None), None)
 
 
 class ModelConfig(Section):
@@ -142,6 +161,22 @@ class FleetConfig(Section):
     min_rank: int = Field(1, ge=1, description="distribution: the smallest rank.")
     max_rank: int | None = Field(None, ge=1, description="distribution: the largest rank; by default adapter.rank.")
 
+    gigaflops: float = Field(
+        50.0, gt=0, description="Simulated time: operations per second, in 10^9, of a client of the largest rank."
+    )
+    megabits: float = Field(
+        20.0, gt=0, description="Simulated time: megabits per second, each way, of a client of the largest rank."
+    )
+    slowness: Literal["by-rank", "none"] = Field(
+        "by-rank",
+        description="Simulated time: a client of rank k has k / (largest rank) of that speed and rate, or all of it.",
+    )
+    pooled: bool = Field(
+        False,
+        description="A reference, not a federation: all training data in one place, at one client of the server's "
+        "rank, whose batches are as large as the whole cohort's together.",
+    )
+
     @field_validator("ranks", "ratios", mode="before")
     @classmethod
     def _from_list(cls, value: Any) -> Any:
@@ -204,13 +239,19 @@ class LocalConfig(Section):
             raise ValueError("steps and epochs are both given; give one of them")
         return self
 
-    def lr_at(self, round_number: int, rounds: int) -> float:
-        """Returns the learning rate of a round (from 0) of a run of ``rounds``."""
+    def lr_at(self, round_number: int, rounds: int, spent: float | None = None) -> float:
+        """Returns the learning rate of a round (from 0) of a run of ``rounds``.
+
+        Args:
+            round_number: From 0.
+            rounds: How many there will be.
+            spent: The share of another budget that is used up, where the run ends with that and not with its rounds.
+        """
         from math import cos, pi
 
         if round_number < self.warmup_rounds:
             return self.lr * (round_number + 1) / (self.warmup_rounds + 1)
-        done = (round_number - self.warmup_rounds) / max(1, rounds - self.warmup_rounds)
+        done = (round_number - self.warmup_rounds) / max(1, rounds - self.warmup_rounds) if spent is None else spent
         factor = {"constant": 1.0, "linear": 1.0 - done, "cosine": (1.0 + cos(pi * done)) / 2}[self.schedule]
         return self.lr * factor
 
@@ -222,6 +263,48 @@ class EngineConfig(Section):
         "cohort", description="'cohort' trains clients together over one base; 'sequential' one after the other."
     )
     chunk: int = Field(10, ge=1, description="Clients trained together; bounds memory. Gains end at 8 to 16 on CPU.")
+
+
+class CompareConfig(Section):
+    """What ``fslora compare`` runs beside each other; ``fslora run`` takes no notice of it."""
+
+    methods: tuple[str, ...] = Field(
+        (), description="Names of methods or of entries; empty: every registered method and every entry."
+    )
+    seeds: int = Field(3, ge=1, description="Each method runs with this many seeds, from run.seed upwards.")
+    reference: str = Field("fedit", description="The method that the others are compared with, seed by seed.")
+    grid: dict[str, tuple[Any, ...]] = Field(
+        default_factory=dict,
+        description='Keys and the values to try, e.g. {"local.lr" = [0.0005, 0.0015]}: every combination runs with '
+        "the first seed, and the best on the validation split is kept.",
+    )
+    grids: dict[str, dict[str, tuple[Any, ...]]] = Field(
+        default_factory=dict, description="Name → a grid of its own, in the place of the common one."
+    )
+    entries: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="Name → keys to change: one more contestant, e.g. a method configured."
+    )
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _from_list(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("grid", mode="before")
+    @classmethod
+    def _grid_from_lists(cls, value: Any) -> Any:
+        return _with_tuples(value)
+
+    @field_validator("grids", mode="before")
+    @classmethod
+    def _grids_from_lists(cls, value: Any) -> Any:
+        return {name: _with_tuples(grid) for name, grid in value.items()} if isinstance(value, Mapping) else value
+
+
+def _with_tuples(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    return {key: tuple(entries) if isinstance(entries, list) else entries for key, entries in value.items()}
 
 
 class Experiment(Section):
@@ -236,6 +319,7 @@ class Experiment(Section):
     method: SerializeAsAny[Method] = FSLoRA()
     local: LocalConfig = LocalConfig()
     engine: EngineConfig = EngineConfig()
+    compare: CompareConfig = CompareConfig()
     variants: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="Name → keys to change: runs beside the main one, drawn on the same page."
     )
@@ -462,6 +546,8 @@ def _commented_table(section: BaseModel, values: Mapping[str, Any]) -> Any:
             table.add(tomlkit.comment(line))
         if value is None:
             table.add(tomlkit.comment(f"{key} = ..."))
+        elif values[key] == {}:
+            table[key] = tomlkit.inline_table()
         else:
             table[key] = values[key]
     return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,12 @@ from rich.table import Table
 
 from fslora.config import load
 from fslora.errors import ArtifactError, ConfigError
-from fslora.export import export_merged, import_peft, lower_rank, rank_for_energy
+from fslora.export import export_merged, lower_rank, rank_for_energy
 from fslora.prepare import Federation, Workshop
 from fslora.report.text import percent
 from fslora.runfolder import RunFolder
-from fslora.runner import Stage, Untrained, client_scores, scored, write_adapter
-from fslora.types import Adapter
+from fslora.runner import Stage, Untrained, client_scores, read_adapters, scored, write_adapter
+from fslora.types import Adapter, ClientMemory, ServerState, Site
 
 
 def evaluate_run(path: Path, stage: Stage) -> dict[str, Any]:
@@ -24,9 +25,10 @@ def evaluate_run(path: Path, stage: Stage) -> dict[str, Any]:
         ArtifactError: The path is no run folder, or no adapter was exported yet.
     """
     federation = _federation(path, stage)
-    adapter = import_peft(path / "adapter")
-    _check(adapter, federation)
-    before, after = Untrained.of(federation).scored, scored(federation, adapter)
+    adapters = read_adapters(path / "adapter")
+    for adapter in adapters:
+        _check(adapter, federation)
+    before, after = Untrained.of(federation).scored, scored(federation, adapters)
     return {
         "run": str(path),
         "test": {"before": before.test, "after": after.test},
@@ -49,13 +51,23 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def export_run(
-    path: Path, to: Path, rank: int | None, energy: float | None, merge: bool, stage: Stage
+    path: Path, to: Path, rank: int | None, energy: float | None, merge: bool, client: int | None, stage: Stage
 ) -> dict[str, Any]:
     """Writes a run's newest adapter to a folder, and returns what was written.
 
+    Args:
+        path: A run folder.
+        to: The folder to write.
+        rank: Best approximation of this lower rank.
+        energy: Or of the lowest rank that keeps this share of energy.
+        merge: Write base and adapter as one model.
+        client: Whose adapter, where the method serves one model per client.
+        stage: Where notes go.
+
     Raises:
         ArtifactError: The run has no checkpoint yet, or the target exists or cannot be written.
-        ConfigError: The rank asked for is larger than the adapter's, or both rank and energy are given.
+        ConfigError: The rank asked for is larger than the adapter's, both rank and energy are given, or the method
+            serves one model per client and none, or an unknown one, was named.
     """
     if rank is not None and energy is not None:
         raise ConfigError("--rank and --energy are both given; give one of them")
@@ -66,9 +78,9 @@ def export_run(
     if newest is None:
         raise ArtifactError(f"{path} holds no checkpoint yet; `fslora resume {path}` goes on with it")
     federation = _federation(path, stage)
-    rounds, state = newest
-    adapter = federation.experiment.method.global_adapter(state)
-    full = next(iter(adapter.layers.values())).rank
+    rounds, state, memories = newest
+    adapter = _served(federation, state, memories, client)
+    full = max(pair.rank for pair in adapter.layers.values())
     if rank is not None and rank > full:
         raise ConfigError(f"--rank is {rank}, but the adapter has rank {full}; give a lower one")
     kept = 1.0
@@ -84,6 +96,22 @@ def export_run(
         kind = "PEFT adapter"
     summary = f"{to}: {kind}, rank {rank or full} of {full}, {kept:.2%} of the update's energy, after {rounds} rounds"
     return {"folder": str(to), "rank": rank or full, "energy": kept, "rounds": rounds, "summary": summary}
+
+
+def _served(
+    federation: Federation, state: ServerState, memories: Mapping[int, ClientMemory], client: int | None
+) -> Adapter:
+    method, trainers = federation.experiment.method, federation.trainers
+    if not method.personal:
+        if client is not None:
+            raise ConfigError(f"--client is {client}, but {method.name} serves one model to all; leave it out")
+        return method.global_adapter(state)
+    if client is None or not 0 <= client < len(trainers):
+        raise ConfigError(
+            f"{method.name} serves one model per client, and --client is {client}; give one of 0 to {len(trainers) - 1}"
+        )
+    site = Site(trainers[client], federation.template, memories.get(client, ClientMemory()))
+    return method.client_adapter(state, site)
 
 
 def _federation(path: Path, stage: Stage) -> Federation:

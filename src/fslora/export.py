@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+from collections import Counter
+from collections.abc import Iterable
 from math import isclose
 from pathlib import Path
 from typing import Any
@@ -35,7 +38,7 @@ def export_peft(
     plain ``lora_alpha = scale · rank`` whatever convention it came from.
 
     Args:
-        adapter: Equal rank and scale in every layer.
+        adapter: Layers that differ in rank or scale from most others go into ``rank_pattern``, ``alpha_pattern``.
         head: Modules that are trained whole, for ``modules_to_save``.
         base_name: What ``base_model_name_or_path`` says.
         folder: Replaced as a whole.
@@ -47,13 +50,14 @@ def export_peft(
     """
     from peft import LoraConfig, TaskType
 
-    first = next(iter(adapter.layers.values()))
-    if any((pair.rank, pair.scale) != (first.rank, first.scale) for pair in adapter.layers.values()):
-        raise ValueError("layers differ in rank or scale; one PEFT adapter with one rank cannot hold them")
-    alpha = first.scale * first.rank
+    ranks = {name: pair.rank for name, pair in adapter.layers.items()}
+    alphas = {name: _alpha(pair) for name, pair in adapter.layers.items()}
+    rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
     config = LoraConfig(
-        r=first.rank,
-        lora_alpha=round(alpha) if isclose(alpha, round(alpha), rel_tol=1e-9) else alpha,
+        r=int(rank),
+        lora_alpha=alpha,  # any number is computed with and written as it is
+        rank_pattern={re.escape(name): own for name, own in ranks.items() if own != rank},
+        alpha_pattern={re.escape(name): own for name, own in alphas.items() if own != alpha},
         target_modules=list(adapter.layers),
         modules_to_save=list(head) or None,
         task_type=TaskType.SEQ_CLS,
@@ -76,6 +80,15 @@ def export_peft(
     return folder
 
 
+def _alpha(pair: LoRA) -> float:
+    alpha = pair.scale * pair.rank
+    return round(alpha) if isclose(alpha, round(alpha), rel_tol=1e-9) else alpha
+
+
+def _most_common(values: Iterable[float]) -> float:
+    return Counter(values).most_common(1)[0][0]
+
+
 def peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """Returns the adapter under PEFT's names and layout: lora_A [r i], lora_B [o r], the head as it is."""
     tensors = {}
@@ -87,7 +100,7 @@ def peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def import_peft(folder: Path) -> Adapter:
-    """Returns the adapter of a PEFT folder with one rank for all layers.
+    """Returns the adapter of a PEFT folder.
 
     Raises:
         ArtifactError: Files are missing or damaged, or the adapter is of a kind that is not a plain LoRA.
@@ -104,34 +117,40 @@ def import_peft(folder: Path) -> Adapter:
 
 
 def _plain_lora(config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> Adapter:
-    special = [key for key in ("use_dora", "rank_pattern", "alpha_pattern") if config.get(key)]
-    if config.get("peft_type") != "LORA" or special:
-        raise ArtifactError(f"{folder} is not a plain LoRA ({special or config.get('peft_type')})")
-    rank, alpha = config["r"], config["lora_alpha"]
-    scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+    if config.get("peft_type") != "LORA" or config.get("use_dora"):
+        kind = "DoRA" if config.get("use_dora") else config.get("peft_type")
+        raise ArtifactError(f"{folder} is not a plain LoRA ({kind})")
     layers, dense = {}, {}
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         if name.endswith(".lora_A.weight"):
             layer = name.removesuffix(".lora_A.weight")
             B = tensors[f"{PREFIX}{layer}.lora_B.weight"]
+            rank = _patterned(config.get("rank_pattern"), layer, config["r"])
+            alpha = _patterned(config.get("alpha_pattern"), layer, config["lora_alpha"])
+            scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
             layers[layer] = LoRA(tensor.float(), B.float().T.contiguous(), scale)
         elif not name.endswith(".lora_B.weight"):
             dense[name] = tensor.float()
     return Adapter(layers, dense)
 
 
+def _patterned(patterns: dict[str, Any] | None, layer: str, default: Any) -> Any:
+    """What PEFT takes for a layer: the first pattern that is the layer's name or ends it, else the default."""
+    matching = (value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", layer))
+    return next(matching, default)
+
+
 def lower_rank(adapter: Adapter, rank: int) -> tuple[Adapter, float]:
     """Returns the best approximation of a lower rank, layer by layer, and the mean share of energy kept."""
-    kept = {name: truncated(pair, rank) for name, pair in adapter.layers.items()}
+    kept = {name: truncated(pair, min(rank, pair.rank)) for name, pair in adapter.layers.items()}
     energy = sum(share for _, share in kept.values()) / len(kept)
     return Adapter({name: pair for name, (pair, _) in kept.items()}, adapter.dense), energy
 
 
 def rank_for_energy(adapter: Adapter, energy: float) -> int:
     """Returns the smallest rank that keeps at least this share of energy on average over the layers."""
-    full = next(iter(adapter.layers.values())).rank
-    low, high = 1, full
+    low, high = 1, max(pair.rank for pair in adapter.layers.values())
     while low < high:
         middle = (low + high) // 2
         if lower_rank(adapter, middle)[1] >= energy:

@@ -62,6 +62,25 @@ class Federation:
     test: Encoded
 
     @property
+    def trainers(self) -> tuple[Client, ...]:
+        """Who trains: the fleet, or one client with everybody's data (``fleet.pooled``)."""
+        if not self.experiment.fleet.pooled:
+            return self.sites.fleet
+        return (Client(0, self.experiment.adapter.rank, sum(client.examples for client in self.sites.fleet)),)
+
+    @property
+    def shares(self) -> tuple[np.ndarray, ...]:
+        """The training examples of each trainer, as indices into ``train``."""
+        shares = self.sites.partition.train
+        return (np.concatenate(shares),) if self.experiment.fleet.pooled else tuple(shares)
+
+    @property
+    def batch_size(self) -> int:
+        """Examples per local step: of one client, or of as many as a cohort has where their data are pooled."""
+        fleet, size = self.experiment.fleet, self.experiment.local.batch_size
+        return size * (fleet.clients if fleet.cohort == "all" else fleet.cohort) if fleet.pooled else size
+
+    @property
     def rng(self) -> Rng:
         """The run's root stream."""
         return Rng(self.experiment.run.seed)

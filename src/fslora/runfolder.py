@@ -20,9 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fslora.errors import ArtifactError
-from fslora.types import Adapter, LoRA, ServerState, Tensor
+from fslora.types import Adapter, ClientMemory, LoRA, ServerState, Tensor
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -117,12 +117,14 @@ class RunFolder:
         self.write_text("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         return rows
 
-    def save_checkpoint(self, round_number: int, state: ServerState) -> None:
-        """Writes the server state after ``round_number`` rounds, then removes older checkpoints."""
+    def save_checkpoint(
+        self, round_number: int, state: ServerState, memories: Mapping[int, ClientMemory] | None = None
+    ) -> None:
+        """Writes all that lives after ``round_number`` rounds, then removes older checkpoints."""
         folder = self.path / "checkpoints"
         final = folder / f"round-{round_number:06d}"
         partial = folder / f".partial-{round_number:06d}"
-        tensors, description = flatten(state)
+        tensors, description = flatten(state, memories or {})
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -153,8 +155,12 @@ class RunFolder:
         found = self._checkpoints()
         return int(found[-1].name.removeprefix("round-")) if found else 0
 
-    def load_checkpoint(self) -> tuple[int, ServerState] | None:
-        """Returns (rounds done, state) of the newest checkpoint, or None when there is none."""
+    def drop_checkpoints(self) -> None:
+        """Removes all checkpoints: of a finished run that nobody will continue."""
+        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+
+    def load_checkpoint(self) -> tuple[int, ServerState, dict[int, ClientMemory]] | None:
+        """Returns (rounds done, state, what clients keep) of the newest checkpoint, or None when there is none."""
         found = self._checkpoints()
         if not found:
             return None
@@ -165,7 +171,7 @@ class RunFolder:
                     f"{found[-1]} has format {description['format']}; this fslora reads format {FORMAT}"
                 )
             tensors = load_file(found[-1] / "state.safetensors")
-            return int(description["round"]), unflatten(tensors, description)
+            return int(description["round"]), *unflatten(tensors, description)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, ArtifactError):
                 raise
@@ -175,21 +181,28 @@ class RunFolder:
         return sorted((self.path / "checkpoints").glob("round-*"))
 
 
-def flatten(state: ServerState) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Returns a state as (named tensors, JSON description); ``unflatten`` is its inverse."""
+def flatten(state: ServerState, memories: Mapping[int, ClientMemory]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Returns state and memories as (named tensors, JSON description); ``unflatten`` is its inverse."""
     parts = {"adapter": state.adapter, **{f"slot.{name}": slot for name, slot in state.slots.items()}}
+    for client, memory in memories.items():
+        parts.update({f"client.{client}.{name}": slot for name, slot in memory.slots.items()})
     tensors = {
         f"{part}|{name}": tensor.contiguous()
         for part, adapter in parts.items()
         for name, tensor in adapter.tensors().items()
     }
-    scales = {part: {name: pair.scale for name, pair in a.layers.items()} for part, a in parts.items()}
-    dense = {part: list(adapter.dense) for part, adapter in parts.items()}
-    return tensors, {"scales": scales, "dense": dense, "scalars": dict(state.scalars)}
+    return tensors, {
+        "scales": {part: {name: pair.scale for name, pair in a.layers.items()} for part, a in parts.items()},
+        "dense": {part: list(adapter.dense) for part, adapter in parts.items()},
+        "scalars": dict(state.scalars),
+        "memories": {str(client): dict(memory.scalars) for client, memory in memories.items()},
+    }
 
 
-def unflatten(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> ServerState:
-    """Returns the state that ``flatten`` took apart."""
+def unflatten(
+    tensors: Mapping[str, Tensor], description: Mapping[str, Any]
+) -> tuple[ServerState, dict[int, ClientMemory]]:
+    """Returns the state and the memories that ``flatten`` took apart."""
     adapters = {}
     for part, scales in description["scales"].items():
         layers = {
@@ -197,6 +210,13 @@ def unflatten(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> 
             for name, scale in scales.items()
         }
         adapters[part] = Adapter(layers, {n: tensors[f"{part}|{n}:dense"] for n in description["dense"][part]})
-    adapter = adapters.pop("adapter")
-    slots = {name.removeprefix("slot."): slot for name, slot in adapters.items()}
-    return ServerState(adapter, slots, description["scalars"])
+    state = ServerState(adapters["adapter"], _below("slot.", adapters), description["scalars"])
+    memories = {
+        int(client): ClientMemory(_below(f"client.{client}.", adapters), scalars)
+        for client, scalars in description["memories"].items()
+    }
+    return state, memories
+
+
+def _below(prefix: str, adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
+    return {name.removeprefix(prefix): part for name, part in adapters.items() if name.startswith(prefix)}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,8 +22,8 @@ import fslora
 from fslora.baseline import frozen_baseline
 from fslora.config import Experiment, load, to_toml
 from fslora.errors import FsloraError
-from fslora.evaluate import Predictions, Scores, predict
-from fslora.export import export_peft
+from fslora.evaluate import Predictions, Scores, predict, predict_dealt
+from fslora.export import export_peft, import_peft
 from fslora.prepare import Federation, Workshop
 from fslora.runfolder import RunFolder
 from fslora.simulate import Simulation, Watcher
@@ -109,11 +110,22 @@ class Scored:
     """Over the clients' held-out examples, one client after the other; None when there are none."""
 
 
-def scored(federation: Federation, adapter: Adapter) -> Scored:
-    """Returns the scores of an adapter; one without layers is the base with that head."""
-    owned = np.concatenate(federation.sites.partition.holdout)
-    own = predict(federation.base, adapter, federation.train.take(owned)) if len(owned) else None
-    return Scored(predict(federation.base, adapter, federation.test).scores(), own)
+def scored(federation: Federation, adapters: Sequence[Adapter]) -> Scored:
+    """Returns the scores of the one adapter that all share, or of one per client, by id.
+
+    On the test split the scores of personal models are the mean over clients; on its own examples every client is
+    scored with its own. An adapter without layers is the base with that head.
+    """
+    base, train, holdout = federation.base, federation.train, federation.sites.partition.holdout
+    test = predict_dealt(base, adapters, federation.test).scores()
+    if not any(len(index) for index in holdout):
+        return Scored(test, None)
+    if len(adapters) == 1:
+        return Scored(test, predict(base, adapters[0], train.take(np.concatenate(holdout))))
+    pairs = zip(adapters, holdout, strict=True)
+    parts = [predict(base, adapter, train.take(index)) for adapter, index in pairs if len(index)]
+    losses, correct = [part.losses for part in parts], [part.correct for part in parts]
+    return Scored(test, Predictions(np.concatenate(losses), np.concatenate(correct)))
 
 
 @dataclass(frozen=True)
@@ -128,7 +140,27 @@ class Untrained:
         """Returns the scores before training; ``known`` where it is of the same base and the same data."""
         if known and (known.federation.base, known.federation.sites) == (federation.base, federation.sites):
             return known
-        return cls(federation, scored(federation, Adapter({}, federation.template.dense)))
+        return cls(federation, scored(federation, [Adapter({}, federation.template.dense)]))
+
+
+def run_cell(
+    experiment: Experiment, folder: RunFolder, workshop: Workshop, watcher: Watcher, known: Untrained | None = None
+) -> Untrained:
+    """Carries out one run of a comparison: rounds from the folder's checkpoint on, adapter, summary; no page.
+
+    Returns the scores before training, for the next cell that has the same base and data (``known``).
+
+    Raises:
+        FsloraError: Anything that makes this run impossible or fail.
+    """
+    federation = workshop.federation(experiment)
+    folder.write_text("experiment.toml", to_toml(experiment))
+    folder.write_json("data.json", federation.sites.describe(federation.truncated))
+    simulation = Simulation(federation, folder, watcher)
+    untrained = Untrained.of(federation, known)
+    _finish(simulation, simulation.run(), untrained)
+    folder.drop_checkpoints()
+    return untrained
 
 
 def _run_one(federation: Federation, folder: RunFolder, name: str, known: Untrained | None, stage: Stage) -> Untrained:
@@ -138,25 +170,55 @@ def _run_one(federation: Federation, folder: RunFolder, name: str, known: Untrai
         try:
             state = simulation.run()
         except KeyboardInterrupt:
-            _leave_usable(simulation, folder)
+            _leave_usable(simulation)
             raise
-    _write_adapter(simulation, folder, state)
     untrained = Untrained.of(federation, known)
-    adapter = simulation.method.global_adapter(state)
-    folder.write_json("summary.json", _summary(federation, folder, adapter, untrained.scored))
+    _finish(simulation, state, untrained)
     return untrained
 
 
-def _leave_usable(simulation: Simulation, folder: RunFolder) -> None:
+def _finish(simulation: Simulation, state: ServerState, untrained: Untrained) -> None:
+    """Writes the adapter and the summary of a run that has come to its end."""
+    adapters, folder = simulation.served(state), simulation.folder
+    write_adapters(simulation.federation, adapters, folder.path / "adapter", len(folder.metrics()) - 1)
+    folder.write_json("summary.json", _summary(simulation, adapters, untrained.scored))
+
+
+def _leave_usable(simulation: Simulation) -> None:
     """After an interruption: the adapter of the newest checkpoint, so that the folder is of use as it is."""
+    folder = simulation.folder
     newest = folder.load_checkpoint()
     if newest is not None:
-        _write_adapter(simulation, folder, newest[1])
+        rounds, state, simulation.memories = newest
+        write_adapters(simulation.federation, simulation.served(state), folder.path / "adapter", rounds)
 
 
-def _write_adapter(simulation: Simulation, folder: RunFolder, state: ServerState) -> None:
-    adapter = simulation.method.global_adapter(state)
-    write_adapter(simulation.federation, adapter, folder.path / "adapter", len(folder.metrics()) - 1)
+def write_adapters(federation: Federation, adapters: Sequence[Adapter], to: Path, rounds: int) -> None:
+    """Writes the one adapter that all share as a PEFT folder with a card, or a folder of one per client."""
+    if len(adapters) == 1:
+        write_adapter(federation, adapters[0], to, rounds)
+        return
+    partial = to.with_name(f".partial-{to.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    for client, adapter in zip(federation.sites.fleet, adapters, strict=True):
+        write_adapter(federation, adapter, partial / client_folder(client.id), rounds)
+    shutil.rmtree(to, ignore_errors=True)
+    partial.rename(to)
+
+
+def client_folder(client: int) -> str:
+    """Returns the name of one client's folder below ``adapter/``."""
+    return f"client-{client:04d}"
+
+
+def read_adapters(path: Path) -> list[Adapter]:
+    """Returns what ``write_adapters`` wrote: one adapter, or one per client.
+
+    Raises:
+        ArtifactError: A folder is missing or is no PEFT adapter.
+    """
+    personal = sorted(path.glob("client-*"))
+    return [import_peft(folder) for folder in personal] if personal else [import_peft(path)]
 
 
 def write_adapter(federation: Federation, adapter: Adapter, to: Path, rounds: int) -> None:
@@ -191,21 +253,28 @@ print(labels[model(**inputs).logits.argmax().item()])
 """
 
 
-def _summary(federation: Federation, folder: RunFolder, adapter: Adapter, before: Scored) -> dict[str, Any]:
+def _summary(simulation: Simulation, adapters: Sequence[Adapter], before: Scored) -> dict[str, Any]:
+    federation, folder = simulation.federation, simulation.folder
     rows = [row for row in folder.metrics() if row["round"] > 0]
-    after = scored(federation, adapter)
+    after = scored(federation, adapters)
     return {
         "method": federation.experiment.method.name,
+        "personal": federation.experiment.method.personal,
         "rounds": len(rows),
-        "finished": len(rows) == federation.experiment.run.rounds,
+        "finished": simulation.spent(rows[-1]) >= 1 or len(rows) == federation.experiment.run.rounds,
         "test": {"before": before.test, "after": after.test},
         "clients": client_scores(federation, before, after),
         "bytes_down": sum(row["bytes_down"] for row in rows),
         "bytes_up": sum(row["bytes_up"] for row in rows),
+        "flops": rows[-1]["flops_total"],
+        "simulated_seconds": rows[-1]["time_total"],
         "train_seconds": sum(row["seconds"] for row in rows),
+        "server_seconds": sum(row["server_seconds"] for row in rows),
+        "server_bytes": max(row["server_bytes"] for row in rows),
+        "client_memory_bytes": max(max(row["client_memory"].values()) for row in rows),
         "peak_memory_bytes": peak_memory(),
-        "adapter_rank": next(iter(adapter.layers.values())).rank,
-        "adapter_parameters": sum(tensor.numel() for tensor in adapter.tensors().values()),
+        "adapter_rank": max(pair.rank for pair in adapters[0].layers.values()),
+        "adapter_parameters": sum(tensor.numel() for tensor in adapters[0].tensors().values()),
         "base_parameters": federation.base.parameters,
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from math import isfinite
@@ -12,16 +13,35 @@ from typing import Any, Protocol
 import torch
 
 from fslora.algebra.adapters import all_finite
+from fslora.algebra.lowrank import energy_by_index
 from fslora.algebra.rows import holders
+from fslora.config import BUDGETS
+from fslora.cost import client_flops, client_memory, simulated_seconds
 from fslora.data.batches import length_order, local_batches
 from fslora.engine.cohort import CohortEngine
 from fslora.engine.sequential import SequentialEngine
 from fslora.errors import TrainingError
-from fslora.evaluate import predict
+from fslora.evaluate import predict_dealt
 from fslora.fleet import sample_cohort
 from fslora.prepare import Federation
 from fslora.runfolder import RunFolder
-from fslora.types import Broadcast, Client, ClientUpdate, LocalProblem, Round, ServerState, Trained
+from fslora.types import (
+    Adapter,
+    Broadcast,
+    Client,
+    ClientMemory,
+    ClientUpdate,
+    LocalProblem,
+    Round,
+    ServerState,
+    Site,
+    Start,
+    Trained,
+)
+
+TOTALS = ("bytes_total", "flops_total", "time_total")
+"""What a row of metrics.jsonl sums up since the start of the run."""
+TOTALS_OF_BUDGETS = dict(zip(BUDGETS, TOTALS, strict=True))
 
 
 class Watcher(Protocol):
@@ -39,23 +59,43 @@ class Watcher(Protocol):
 
 @dataclass
 class Tally:
-    """What one round sent, measured on the values that travelled."""
+    """What one round sent and cost, measured on the values that travelled."""
 
     bytes_down: dict[int, int] = field(default_factory=dict)
     bytes_up: dict[int, int] = field(default_factory=dict)
     losses: dict[int, float] = field(default_factory=dict)
     dropped: dict[int, str] = field(default_factory=dict)
     ranks: dict[int, int] = field(default_factory=dict)
+    flops: dict[int, float] = field(default_factory=dict)
+    memory: dict[int, int] = field(default_factory=dict)
     coverage: torch.Tensor | None = None
     """int64 [layers r]: how many clients hold each rank-one part; None when all hold all."""
+    server_seconds: float = 0.0
+    """Time in the method's own server steps, without the training that they wait for."""
 
     def sent(self, client: Client, broadcast: Broadcast, rank: int) -> None:
         """Counts what went down to a client."""
         self.bytes_down[client.id] = broadcast.nbytes
-        self.ranks[client.id] = max(pair.rank for pair in broadcast.adapter.layers.values())
         if broadcast.rows is not None:
             held = holders(broadcast.rows, rank)
             self.coverage = held if self.coverage is None else self.coverage + held
+
+    @contextmanager
+    def at_the_server(self) -> Iterator[None]:
+        """Counts the time spent inside as the server's."""
+        began = time.perf_counter()
+        yield
+        self.server_seconds += time.perf_counter() - began
+
+    def waiting(self, updates: Iterator[ClientUpdate]) -> Iterator[ClientUpdate]:
+        """Yields the same updates; the time they take to come is taken off the server's."""
+        while True:
+            began = time.perf_counter()
+            update = next(updates, None)
+            self.server_seconds -= time.perf_counter() - began
+            if update is None:
+                return
+            yield update
 
 
 class Simulation:
@@ -75,128 +115,206 @@ class Simulation:
             else SequentialEngine(federation.base, local, dropout)
         )
         self.lengths = federation.train.lengths
+        self.template = federation.template
+        self.trainers, self.shares = federation.trainers, federation.shares
+        self.memories: dict[int, ClientMemory] = {}
+        """What each client keeps from round to round, by id; it never reaches the server."""
 
     def initial_state(self) -> ServerState:
         """Returns the server's state before the first round."""
-        return self.method.init(self.federation.template, self.federation.sites.fleet, self.federation.rng)
+        return self.method.init(self.template, self.trainers, self.federation.rng)
 
     def run(self) -> ServerState:
         """Runs every round that is not yet in the folder's checkpoint, and returns the last state.
 
-        Ends bit-identical to a run that never stopped: every draw has an address, and nothing but the
-        server's state is carried from round to round.
+        Ends bit-identical to a run that never stopped: every draw has an address, and nothing is carried from round
+        to round but the server's state and the clients' memories.
 
         Raises:
             TrainingError: No client of a round sent a usable update.
             ArtifactError: The run folder cannot be written or its checkpoint is damaged.
         """
         run = self.experiment.run
-        done, state = self.folder.load_checkpoint() or (0, self.initial_state())
+        done, state, self.memories = self.folder.load_checkpoint() or (0, self.initial_state(), {})
         rows = self.folder.rewind(done)
-        total = rows[-1]["bytes_total"] if rows else 0
+        totals = rows[-1] if rows else {"round": 0, **dict.fromkeys(TOTALS, 0)}
         if not rows:
-            self._record({"round": 0, "bytes_total": 0, "validation": self._evaluate(state)})
+            self._record({**totals, "validation": self.evaluate(state), **self._spectrum(state)})
         for number in range(done, run.rounds):
+            if self.spent(totals) >= 1:
+                break
             began = time.perf_counter()
-            state, tally = self.round(state, number)
-            last = number + 1 == run.rounds
-            seconds = time.perf_counter() - began
-            row = self._row(number, tally, total, seconds)
-            total = row["bytes_total"]
+            state, tally = self.round(state, number, self.spent(totals))
+            row = totals = self._row(number, tally, totals, time.perf_counter() - began, state)
+            last = number + 1 == run.rounds or self.spent(totals) >= 1
             if last or (number + 1) % run.eval_every == 0:
-                row["validation"] = self._evaluate(state)
+                row.update(validation=self.evaluate(state), **self._spectrum(state))
             self._record(row)
             if last or (number + 1) % run.checkpoint_every == 0:
-                self.folder.save_checkpoint(number + 1, state)
+                self.folder.save_checkpoint(number + 1, state, self.memories)
         return state
 
-    def round(self, state: ServerState, number: int) -> tuple[ServerState, Tally]:
-        """Returns the state after one round (numbered from 0), and what it sent."""
+    def spent(self, totals: Mapping[str, Any]) -> float:
+        """Returns the share of the run's budget that is used up: of its rounds, where it has no other."""
+        budget = self.experiment.run.budget
+        if budget is None:
+            return float(totals["round"] / self.experiment.run.rounds)
+        key, amount = budget
+        return float(totals[TOTALS_OF_BUDGETS[key]] / amount)
+
+    def round(self, state: ServerState, number: int, spent: float = 0.0) -> tuple[ServerState, Tally]:
+        """Returns the state after one round (numbered from 0), and what it sent and cost."""
         rng = self.federation.rng.child("round", number)
-        cohort = sample_cohort(self.federation.sites.fleet, self.experiment.fleet.cohort, rng.child("cohort"))
-        plan, tally = Round(number, cohort, rng), Tally()
+        size = "all" if self.experiment.fleet.pooled else self.experiment.fleet.cohort
+        cohort = sample_cohort(self.trainers, size, rng.child("cohort"))
+        plan, tally = Round(number, cohort, rng, self.template), Tally()
         self.watcher.round_started(number + 1, len(cohort))
-        updates = self._updates(state, plan, tally)
-        first = next(updates, None)
-        if first is None:
-            reasons = "; ".join(f"client {c}: {why}" for c, why in tally.dropped.items())
-            raise TrainingError(
-                f"round {number + 1}: no client sent a usable update ({reasons}). The rounds before are in "
-                f"{self.folder.path}; try a smaller local.lr"
-            )
-        state = self.method.aggregate(state, chain([first], updates), plan)
+        changes = self.method.base(state)
+        with self.federation.base.changed(changes.layers if changes else {}):
+            updates = self._updates(state, plan, tally, self._lr(number, spent))
+            first = next(updates, None)
+            if first is None:
+                reasons = "; ".join(f"client {c}: {why}" for c, why in tally.dropped.items())
+                raise TrainingError(
+                    f"round {number + 1}: no client sent a usable update ({reasons}). The rounds before are in "
+                    f"{self.folder.path}; try a smaller local.lr"
+                )
+            with tally.at_the_server():
+                state = self.method.aggregate(state, tally.waiting(chain([first], updates)), plan)
         return state, tally
 
-    def _updates(self, state: ServerState, plan: Round, tally: Tally) -> Iterator[ClientUpdate]:
+    def _lr(self, number: int, spent: float) -> float:
+        run = self.experiment.run
+        return self.experiment.local.lr_at(number, run.rounds, spent if run.budget else None)
+
+    def _updates(self, state: ServerState, plan: Round, tally: Tally, lr: float) -> Iterator[ClientUpdate]:
         """Yields usable updates by increasing client id, training a chunk at a time."""
-        pending: dict[int, Broadcast] = {}
-        clients = {client.id: client for client in plan.cohort}
+        pending: dict[int, tuple[Broadcast, Start, Site]] = {}
 
         def problems() -> Iterator[LocalProblem]:
             for client in plan.cohort:
-                broadcast = self.method.broadcast(state, client, plan)
+                with tally.at_the_server():
+                    broadcast = self.method.broadcast(state, client, plan)
+                site = self.site(client)
+                start = self.method.start(broadcast, site)
+                pending[client.id] = broadcast, start, site
+                problem = self.problem(client, start, plan)
                 tally.sent(client, broadcast, self.experiment.adapter.rank)
-                pending[client.id] = broadcast
-                yield self.problem(client, broadcast, plan)
+                tally.ranks[client.id] = max((pair.rank for pair in start.adapter.layers.values()), default=0)
+                tally.flops[client.id] = client_flops(self.federation.base, start, problem.batches)
+                tally.memory[client.id] = client_memory(start, site.memory, self.experiment.local)
+                yield problem
 
-        lr = self.experiment.local.lr_at(plan.number, self.experiment.run.rounds)
         for trained in self.engine.train(problems(), lr):
-            client, broadcast = clients[trained.client], pending.pop(trained.client)
+            broadcast, start, site = pending.pop(trained.client)
             self.watcher.client_done(trained.losses[-1])
-            update = self.method.client_update(broadcast, trained.adapter, client)
-            tally.bytes_up[client.id] = update.nbytes
+            update = self.method.client_update(broadcast, start, trained, site)
+            tally.bytes_up[trained.client] = update.nbytes
             reason = refusal(update, trained)
             if reason:
-                tally.dropped[client.id] = reason
+                tally.dropped[trained.client] = reason
                 continue
-            tally.losses[client.id] = sum(trained.losses) / len(trained.losses)
+            self.memories[trained.client] = self.method.remember(broadcast, start, trained, site)
+            tally.losses[trained.client] = sum(trained.losses) / len(trained.losses)
             yield update
 
-    def problem(self, client: Client, broadcast: Broadcast, plan: Round) -> LocalProblem:
-        """Returns what the engine trains for one client: the broadcast and the batches of its local steps."""
-        local = self.experiment.local
-        index = self.federation.sites.partition.train[client.id]
+    def site(self, client: Client) -> Site:
+        """Returns what a client knows by itself."""
+        return Site(client, self.template, self.memories.get(client.id, ClientMemory()))
+
+    def problem(self, client: Client, start: Start, plan: Round) -> LocalProblem:
+        """Returns what the engine trains for one client: its start and the batches of its local steps."""
+        local, index = self.experiment.local, self.shares[client.id]
         stream = plan.rng.child("batches", client.id)
-        parts = local_batches(self.lengths, index, local.batch_size, local.steps, local.epochs, stream)
+        parts = local_batches(self.lengths, index, self.federation.batch_size, local.steps, local.epochs, stream)
         order = length_order(len(parts), plan.rng.child("order"))
         batches = [self.federation.train.batch(parts[i]) for i in order.tolist()]
-        return LocalProblem(client.id, broadcast.adapter, batches, plan.rng.child("dropout", client.id))
+        return LocalProblem(client.id, start, batches, plan.rng.child("dropout", client.id))
 
-    def _evaluate(self, state: ServerState) -> dict[str, float]:
-        adapter = self.method.global_adapter(state)
-        return predict(self.federation.base, adapter, self.federation.validation).scores()
+    def served(self, state: ServerState) -> tuple[Adapter, ...]:
+        """Returns what the method ends with: the global adapter alone, or one for each client of the fleet, by id."""
+        if not self.method.personal:
+            return (self.method.global_adapter(state),)
+        return tuple(self.method.client_adapter(state, self.site(client)) for client in self.trainers)
+
+    def evaluate(self, state: ServerState) -> dict[str, float]:
+        """Returns the scores on the validation split; those of personal models are the mean over clients."""
+        return predict_dealt(self.federation.base, self.served(state), self.federation.validation).scores()
+
+    def _spectrum(self, state: ServerState) -> dict[str, Any]:
+        """How the global update's energy is spread over its singular values: where ranks collapse, it shows here."""
+        shares = spectrum(self.served(state)[0])
+        rank = None if shares is None else float(1 / shares.square().sum())
+        return {"spectrum": None if shares is None else shares[:64].tolist(), "effective_rank": rank}
 
     def _record(self, row: Mapping[str, Any]) -> None:
         self.folder.append_metrics(row)
         self.watcher.round_done(row)
 
-    def _row(self, number: int, tally: Tally, total: int, seconds: float) -> dict[str, Any]:
+    def _row(
+        self, number: int, tally: Tally, totals: Mapping[str, Any], seconds: float, state: ServerState
+    ) -> dict[str, Any]:
         down, up = sum(tally.bytes_down.values()), sum(tally.bytes_up.values())
+        flops, simulated = sum(tally.flops.values()), max(self._seconds(tally).values())
         return {
             "round": number + 1,
             "loss": sum(tally.losses.values()) / len(tally.losses),
-            "lr": self.experiment.local.lr_at(number, self.experiment.run.rounds),
+            "lr": self._lr(number, self.spent(totals)),
             "clients": list(tally.bytes_down),
             "bytes_down": down,
             "bytes_up": up,
-            "bytes_total": total + down + up,
-            "client_bytes_down": {str(client): n for client, n in tally.bytes_down.items()},
-            "client_bytes_up": {str(client): n for client, n in tally.bytes_up.items()},
-            "client_loss": {str(client): loss for client, loss in tally.losses.items()},
-            "client_ranks": {str(client): rank for client, rank in tally.ranks.items()},
+            "bytes_total": totals["bytes_total"] + down + up,
+            "flops_total": totals["flops_total"] + flops,
+            "simulated_seconds": simulated,
+            "time_total": totals["time_total"] + simulated,
+            "client_bytes_down": _by_id(tally.bytes_down),
+            "client_bytes_up": _by_id(tally.bytes_up),
+            "client_loss": _by_id(tally.losses),
+            "client_ranks": _by_id(tally.ranks),
+            "client_flops": _by_id(tally.flops),
+            "client_memory": _by_id(tally.memory),
             "coverage": None if tally.coverage is None else tally.coverage.sum(0).tolist(),
             "unheld": None if tally.coverage is None else int((tally.coverage == 0).sum()),
             "layers": len(self.federation.base.targets),
-            "dropped": {str(client): reason for client, reason in tally.dropped.items()},
+            "dropped": _by_id(tally.dropped),
+            "server_seconds": tally.server_seconds,
+            "server_bytes": state.nbytes,
+            "server": {n.removeprefix("report."): x for n, x in state.scalars.items() if n.startswith("report.")},
             "seconds": seconds,
             "validation": None,
         }
+
+    def _seconds(self, tally: Tally) -> dict[int, float]:
+        """How long each client of the round takes, in simulated time; the server waits for the slowest."""
+        largest = max(client.rank for client in self.trainers)
+        return {
+            client: simulated_seconds(
+                self.experiment.fleet, self.trainers[client], largest, down, tally.bytes_up[client], tally.flops[client]
+            )
+            for client, down in tally.bytes_down.items()
+        }
+
+
+def spectrum(adapter: Adapter) -> torch.Tensor | None:
+    """Returns the share of energy by singular value, decreasing, mean over layers; None while the update is zero."""
+    energies = [energy_by_index(pair) for pair in adapter.layers.values()]
+    shares = [energy / energy.sum() for energy in energies if energy.sum() > 0]
+    if not shares:
+        return None
+    mean = torch.zeros(max(len(share) for share in shares), dtype=torch.float64)
+    for share in shares:
+        mean[: len(share)] += share / len(shares)
+    return mean
+
+
+def _by_id(values: Mapping[int, Any]) -> dict[str, Any]:
+    return {str(client): value for client, value in values.items()}
 
 
 def refusal(update: ClientUpdate, trained: Trained) -> str | None:
     """Returns why an update must not be averaged, or None when it may."""
     if not all(isfinite(loss) for loss in trained.losses):
         return "its loss was not finite"
-    if not all_finite(update.delta):
+    if not (all_finite(update.adapter) and all(bool(torch.isfinite(t).all()) for t in update.extras.values())):
         return "its update was not finite"
     return None

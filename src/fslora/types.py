@@ -9,8 +9,9 @@ and scattering a sketch touches contiguous rows. PEFT's layout [o r] is made at 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
@@ -19,11 +20,16 @@ from fslora.rng import Rng
 Tensor = torch.Tensor
 Rows = Mapping[str, Tensor]
 """Layer name → int32 [k], strictly increasing: which of the server's r rank-one parts a client holds."""
+Factors = Literal["both", "A", "B"]
+"""Which factors of a pair are trained, or travel."""
 
 
 @dataclass(frozen=True)
 class LoRA:
-    """The low-rank pair of one layer; its contribution to the weight is ``scale · Btᵀ A``, [o i]."""
+    """The low-rank pair of one layer; its contribution to the weight is ``scale · Btᵀ A``, [o i].
+
+    In a message, a factor that does not travel has no rows.
+    """
 
     A: Tensor
     """[r i] float32."""
@@ -35,7 +41,7 @@ class LoRA:
     @property
     def rank(self) -> int:
         """The number of rank-one parts."""
-        return self.A.shape[0]
+        return max(self.A.shape[0], self.Bt.shape[0])
 
     @property
     def delta(self) -> Tensor:
@@ -65,6 +71,16 @@ class Adapter:
         """Returns the adapter of these layers and scales that holds other tensors, named as ``tensors`` names them."""
         layers = {name: LoRA(named[f"{name}:A"], named[f"{name}:Bt"], pair.scale) for name, pair in self.layers.items()}
         return Adapter(layers, {name: named[f"{name}:dense"] for name in self.dense})
+
+    def only(self, factors: Factors) -> Adapter:
+        """Returns the part of it that travels: the other factor's rows are left out, dense tensors stay."""
+        if factors == "both":
+            return self
+        layers = {
+            name: LoRA(pair.A[: 0 if factors == "B" else None], pair.Bt[: 0 if factors == "A" else None], pair.scale)
+            for name, pair in self.layers.items()
+        }
+        return Adapter(layers, self.dense)
 
     @property
     def nbytes(self) -> int:
@@ -113,6 +129,20 @@ class Round:
     """The clients that take part, by increasing id."""
     rng: Rng
     """The round's own stream; methods address their draws below it."""
+    template: Template
+    """Shapes and scales."""
+
+
+@dataclass(frozen=True)
+class BaseUpdate:
+    """A change of the frozen base that every client has to make, in the order of the versions."""
+
+    version: int
+    """From 1. A client that has this version already leaves the update out."""
+    adapter: Adapter
+    """Pairs to add to the base's weights; as it travels, so that a factor drawn from a seed has no rows."""
+    whole: bool = False
+    """Whether this is the sum of all updates so far, to be added to the base as it was before any."""
 
 
 @dataclass(frozen=True)
@@ -120,14 +150,19 @@ class Broadcast:
     """What travels from the server to one client."""
 
     adapter: Adapter
-    """What the client starts from, at its own rank and scale."""
+    """What the client gets, at its own rank and scale. A factor that it has, or draws by itself, has no rows."""
     rows: Rows | None = None
-    """Which of the server's rank-one parts these are; None where the method draws no index sets."""
+    """Which of the server's rank-one parts the client trains; None where the method draws no index sets."""
+    base: tuple[BaseUpdate, ...] = ()
+    """The changes of the base that the client has missed, oldest first."""
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    """Whatever else travels: seeds, ranks."""
 
     @property
     def nbytes(self) -> int:
         """Bytes down: every tensor that travels, index sets included."""
-        return self.adapter.nbytes + _rows_nbytes(self.rows)
+        base = sum(update.adapter.nbytes for update in self.base)
+        return self.adapter.nbytes + base + _nbytes(self.rows) + _nbytes(self.extras)
 
 
 @dataclass(frozen=True)
@@ -136,17 +171,41 @@ class ClientUpdate:
 
     client: int
     """The client's id."""
-    delta: Adapter
-    """Trained minus received, in the shapes that were received."""
+    adapter: Adapter
+    """Deltas or trained values, as the method says. A factor that does not travel has no rows."""
     examples: int
     """Training examples of the client; what weighting by size counts."""
     rows: Rows | None = None
     """The index sets of the broadcast that this answers."""
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    """Whatever else travels: scores, ranks."""
 
     @property
     def nbytes(self) -> int:
         """Bytes up: every tensor that travels, index sets included."""
-        return self.delta.nbytes + _rows_nbytes(self.rows)
+        return self.adapter.nbytes + _nbytes(self.rows) + _nbytes(self.extras)
+
+
+@dataclass(frozen=True)
+class ClientMemory:
+    """What one client keeps from one of its rounds to the next; it never travels."""
+
+    slots: Mapping[str, Adapter] = field(default_factory=dict)
+    scalars: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(adapter.nbytes for adapter in self.slots.values())
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a client knows without being told: itself, the shapes of the model, its own memory."""
+
+    client: Client
+    template: Template
+    memory: ClientMemory = ClientMemory()
 
 
 @dataclass(frozen=True)
@@ -157,7 +216,12 @@ class ServerState:
     slots: Mapping[str, Adapter] = field(default_factory=dict)
     """Further adapter-shaped state, such as the moments of a server optimizer."""
     scalars: Mapping[str, float] = field(default_factory=dict)
-    """Counters and the like."""
+    """Counters and the like; those whose names begin with ``report.`` are written beside each round's metrics."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return self.adapter.nbytes + sum(slot.nbytes for slot in self.slots.values())
 
 
 Batch = Mapping[str, Tensor]
@@ -165,11 +229,27 @@ Batch = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
+class Start:
+    """What one client trains from, and how."""
+
+    adapter: Adapter
+    """Complete pairs, at the client's own rank and scale, and the dense tensors."""
+    trains: Factors = "both"
+    """Which factors are trained; the other one stays as it is, in the forward pass. The same for a whole cohort."""
+    frozen: Mapping[str, LoRA] = field(default_factory=dict)
+    """Layer → a further pair in the forward pass that is not trained: parts folded into this client's base."""
+    penalty: Callable[[Adapter], Tensor] | None = None
+    """A scalar of the client's adapter that is added to its loss; None for none."""
+    measures_sensitivity: bool = False
+    """Whether to return the sensitivity of every rank-one part (`Trained.sensitivity`)."""
+
+
+@dataclass(frozen=True)
 class LocalProblem:
     """What an engine trains for one client: a start and the batches of its local steps, in order."""
 
     client: int
-    adapter: Adapter
+    start: Start
     batches: Sequence[Batch]
     rng: Rng
     """For dropout."""
@@ -182,8 +262,13 @@ class Trained:
     client: int
     adapter: Adapter
     losses: tuple[float, ...]
-    """Mean loss of each local step, before the step."""
+    """Mean loss of each local step, before the step, without the penalty."""
+    sensitivity: Mapping[str, Tensor] = field(default_factory=dict)
+    """Layer → [k]: mean of |w · ∂loss/∂w| over the entries of each trained rank-one part and over the local steps.
+
+    Source: AdaLoRA, arXiv 2303.10512, equation 8, before smoothing. Empty where the start did not ask for it.
+    """
 
 
-def _rows_nbytes(rows: Rows | None) -> int:
-    return 0 if rows is None else sum(index.nbytes for index in rows.values())
+def _nbytes(tensors: Mapping[str, Tensor] | None) -> int:
+    return 0 if tensors is None else sum(tensor.nbytes for tensor in tensors.values())

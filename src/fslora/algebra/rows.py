@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 
-from fslora.algebra.adapters import zeros_like
+from fslora.algebra.adapters import add, zeros_like
 from fslora.types import Adapter, LoRA, Rows, Tensor
 
 AverageOver = Literal["cohort", "holders"]
+Padded = Literal["factor", "delta"]
+"""What is filled up with zeros before a mean over the cohort: the factors themselves, or their changes."""
 
 
 def take(adapter: Adapter, rows: Rows) -> Adapter:
@@ -19,6 +22,52 @@ def take(adapter: Adapter, rows: Rows) -> Adapter:
         for name, pair in adapter.layers.items()
     }
     return Adapter(layers, adapter.dense)
+
+
+def leading(adapter: Adapter, rank: int) -> Adapter:
+    """Returns the first ``rank`` parts of every layer (all, where a layer has fewer), scale kept; views, not copies."""
+    layers = {name: LoRA(pair.A[:rank], pair.Bt[:rank], pair.scale) for name, pair in adapter.layers.items()}
+    return Adapter(layers, adapter.dense)
+
+
+def padded(adapter: Adapter, rank: int) -> Adapter:
+    """Returns the adapter filled up with zero parts to ``rank``, scale kept."""
+
+    def fill(tensor: Tensor) -> Tensor:
+        return torch.cat([tensor, tensor.new_zeros(rank - len(tensor), tensor.shape[1])])
+
+    layers = {name: LoRA(fill(pair.A), fill(pair.Bt), pair.scale) for name, pair in adapter.layers.items()}
+    return Adapter(layers, adapter.dense)
+
+
+def zero_filled(old: Adapter, deltas: Sequence[Adapter]) -> list[Adapter]:
+    """Returns old + delta for clients that hold the first parts of ``old``, as many as each changed, at one rank.
+
+    That is the largest client's; the parts that a smaller one does not hold are zero in both factors.
+    """
+    ranks = [next(iter(delta.layers.values())).rank for delta in deltas]
+    return [padded(add(leading(old, rank), delta), max(ranks)) for rank, delta in zip(ranks, deltas, strict=True)]
+
+
+def with_leading(adapter: Adapter, layers: Mapping[str, LoRA]) -> Adapter:
+    """Returns the adapter with its first parts replaced by those of ``layers``, scale and all else kept."""
+
+    def over(old: Tensor, new: Tensor) -> Tensor:
+        return torch.cat([new, old[len(new) :]])
+
+    pairs = adapter.layers.items()
+    replaced = {n: LoRA(over(pair.A, layers[n].A), over(pair.Bt, layers[n].Bt), pair.scale) for n, pair in pairs}
+    return Adapter(replaced, adapter.dense)
+
+
+def others(adapter: Adapter, rows: Rows) -> dict[str, LoRA]:
+    """Returns the parts that ``rows`` leaves out, by layer, in their order, scale kept; no entry where that is none."""
+    left = {}
+    for name, pair in adapter.layers.items():
+        mask = torch.ones(pair.rank, dtype=torch.bool).index_fill_(0, rows[name].long(), False)
+        if mask.any():
+            left[name] = LoRA(pair.A[mask], pair.Bt[mask], pair.scale)
+    return left
 
 
 def scatter(part: Adapter, rows: Rows, rank: int) -> Adapter:
@@ -42,21 +91,32 @@ class ScatterMean:
     def __init__(self, like: Adapter) -> None:
         self._sum = zeros_like(like)
         self._held = {name: torch.zeros(pair.rank) for name, pair in like.layers.items()}
+        self._weights = dict.fromkeys(like.layers, 0.0)
         self._weight = 0.0
 
-    def add(self, part: Adapter, rows: Rows | None, weight: float = 1.0) -> None:
-        """Adds ``weight · part`` at ``rows`` (at all parts when None)."""
+    def add(
+        self, part: Adapter, rows: Rows | None, weight: float = 1.0, by_layer: Mapping[str, float] | None = None
+    ) -> None:
+        """Adds ``weight · part`` at ``rows`` (None: at the first ``part.rank``); a factor without rows adds nothing.
+
+        Where ``by_layer`` names a layer, its pair has that weight instead; dense tensors keep ``weight``.
+        """
+        weights = {name: (by_layer or {}).get(name, weight) for name in self._weights}
         for name, pair in part.layers.items():
-            total, held = self._sum.layers[name], self._held[name]
+            total, held, own = self._sum.layers[name], self._held[name], weights[name]
+            factors = ((total.A, pair.A), (total.Bt, pair.Bt))
             if rows is None:
-                total.A.add_(pair.A, alpha=weight)
-                total.Bt.add_(pair.Bt, alpha=weight)
-                held.add_(weight)
+                for target, source in factors:
+                    target[: len(source)].add_(source, alpha=own)
+                held[: pair.rank].add_(own)
             else:
                 index = rows[name]
-                total.A.index_add_(0, index, pair.A, alpha=weight)
-                total.Bt.index_add_(0, index, pair.Bt, alpha=weight)
-                held.index_add_(0, index, torch.full((len(index),), float(weight)))
+                for target, source in factors:
+                    if len(source):
+                        target.index_add_(0, index, source, alpha=own)
+                held.index_add_(0, index, torch.full((len(index),), float(own)))
+        for name, own in weights.items():
+            self._weights[name] += own
         for name, tensor in part.dense.items():
             self._sum.dense[name].add_(tensor, alpha=weight)
         self._weight += weight
@@ -76,14 +136,39 @@ class ScatterMean:
             raise ValueError("the mean of no updates does not exist")
         layers = {}
         for name, pair in self._sum.layers.items():
-            divisor = self._divisor(self._held[name], over)
+            divisor = self._divisor(name, over)
             layers[name] = LoRA(pair.A / divisor, pair.Bt / divisor, pair.scale)
         return Adapter(layers, {name: tensor / self._weight for name, tensor in self._sum.dense.items()})
 
-    def _divisor(self, held: Tensor, over: AverageOver) -> Tensor:
+    def shares(self) -> dict[str, Tensor]:
+        """Returns by layer the share q_j of the cohort's weight that holds part j, [r]: 0 where nobody does."""
+        return {name: held / self._weights[name] for name, held in self._held.items()}
+
+    def _divisor(self, layer: str, over: AverageOver) -> Tensor:
+        held = self._held[layer]
         if over == "cohort":
-            return torch.full((len(held), 1), self._weight)
+            return torch.full((len(held), 1), self._weights[layer])
         return torch.where(held > 0, held, 1.0).unsqueeze(1)
+
+
+def zero_padded(old: Adapter, deltas: ScatterMean, what: Padded) -> Adapter:
+    """Returns the cohort's mean where a client without a part counts as zero: its change, or the factor itself.
+
+        "delta":   old_j + Σ_i p_i Δ_ij           i over the holders of part j, Σ p_i = 1 over the cohort
+        "factor":  q_j old_j + Σ_i p_i Δ_ij  =  Σ_i p_i (old_j + Δ_ij),   q_j = Σ_i p_i over the holders
+
+    A part that nobody holds keeps its value either way: zero in both factors, it could never be trained again.
+    Dense tensors take the mean change.
+    """
+    mean = deltas.mean("cohort")
+    if what == "delta":
+        return add(old, mean)
+    kept = {name: torch.where(q > 0, q, 1.0).unsqueeze(1) for name, q in deltas.shares().items()}
+    layers = {
+        name: LoRA(pair.A * kept[name] + mean.layers[name].A, pair.Bt * kept[name] + mean.layers[name].Bt, pair.scale)
+        for name, pair in old.layers.items()
+    }
+    return Adapter(layers, {name: tensor + mean.dense[name] for name, tensor in old.dense.items()})
 
 
 def holders(rows: Rows, rank: int) -> Tensor:

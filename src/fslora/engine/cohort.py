@@ -20,7 +20,7 @@ from fslora.config import LocalConfig
 from fslora.engine.optim import make_optimizer, narrowed
 from fslora.models.base import Base
 from fslora.models.slots import Change, Dropout, Layout, StackedDense, StackedPair
-from fslora.types import Adapter, Batch, LocalProblem, Tensor, Trained
+from fslora.types import Adapter, Batch, LocalProblem, Start, Tensor, Trained
 
 
 class CohortEngine:
@@ -42,7 +42,7 @@ class CohortEngine:
         # Longest first: the clients still active at any step are then the first rows of the stack.
         order = sorted(range(len(problems)), key=lambda c: -len(problems[c].batches))
         ordered = [problems[c] for c in order]
-        stack = Stack([problem.adapter for problem in ordered], self.base.device)
+        stack = Stack([problem.start for problem in ordered], self.base.device)
         dropout = Dropout(self.dropout, ordered[0].rng.torch()) if self.dropout else None
         losses: list[Tensor] = []
         active, optimizer = 0, None
@@ -53,13 +53,17 @@ class CohortEngine:
                 stack.activate(active)
                 optimizer = narrowed(optimizer, active, make_optimizer([stack.flat_leaf], self.local, lr, fused=True))
             losses.append(self._backward(stack, batches, dropout))
+            stack.measure()
             stack.clip(self.local.clip_norm)
             assert optimizer is not None
             optimizer.step()
         columns = [loss.tolist() for loss in losses]
         results = {
             order[c]: Trained(
-                problem.client, stack.adapter(c), tuple(columns[s][c] for s in range(len(problem.batches)))
+                problem.client,
+                stack.adapter(c),
+                tuple(columns[s][c] for s in range(len(problem.batches))),
+                stack.sensitivity(c, len(problem.batches)),
             )
             for c, problem in enumerate(ordered)
         }
@@ -75,33 +79,49 @@ class CohortEngine:
         each = functional.cross_entropy(logits.float(), batch["labels"].to(logits.device), reduction="none")
         sizes = torch.bincount(layout.owner, minlength=layout.clients)
         means = each.new_zeros(layout.clients).index_add(0, layout.owner, each) / sizes
-        stack.backward(means.sum())
+        stack.backward(means.sum() + stack.penalty())
         return means.detach()
 
 
 class Stack:
-    """The trainable tensors of c clients as one buffer [c p] with named views, and their gradients likewise."""
+    """The trainable tensors of c clients as one buffer [c p] with named views, and their gradients likewise.
 
-    def __init__(self, adapters: Sequence[Adapter], device: torch.device) -> None:
-        self._adapters = adapters
-        first = adapters[0]
-        self._shapes: dict[str, tuple[int, ...]] = {}
+    A factor that is not trained, and the frozen pairs, are stacked too but lie outside the buffer: no gradient, no
+    optimizer state.
+    """
+
+    def __init__(self, starts: Sequence[Start], device: torch.device) -> None:
+        if len({start.trains for start in starts}) > 1:
+            raise ValueError("the clients of one chunk train different factors; a method has to choose per round")
+        self._starts = starts
+        self._adapters = [start.adapter for start in starts]
+        self._measured: dict[str, Tensor] = {}
+        first, trains = self._adapters[0], starts[0].trains
+        shapes: dict[str, tuple[int, ...]] = {}
         for name, pair in first.layers.items():
-            rank = max(adapter.layers[name].rank for adapter in adapters)
-            self._shapes[f"{name}:A"] = (rank, pair.A.shape[1])
-            self._shapes[f"{name}:Bt"] = (rank, pair.Bt.shape[1])
-        self._shapes.update({f"{name}:dense": tuple(tensor.shape) for name, tensor in first.dense.items()})
+            rank = max(adapter.layers[name].rank for adapter in self._adapters)
+            shapes[f"{name}:A"] = (rank, pair.A.shape[1])
+            shapes[f"{name}:Bt"] = (rank, pair.Bt.shape[1])
+        shapes.update({f"{name}:dense": tuple(tensor.shape) for name, tensor in first.dense.items()})
+        resting = {"A": ":Bt", "B": ":A", "both": None}[trains]
+        self._resting = {
+            name: torch.zeros(len(starts), *shape, device=device)
+            for name, shape in shapes.items()
+            if resting and name.endswith(resting)
+        }
+        self._shapes = {name: shape for name, shape in shapes.items() if name not in self._resting}
         sizes = [torch.Size(shape).numel() for shape in self._shapes.values()]
-        self._flat = torch.zeros(len(adapters), sum(sizes), device=device)
+        self._flat = torch.zeros(len(starts), sum(sizes), device=device)
         self._flat_gradient = torch.zeros_like(self._flat)
         self._scales = {
-            name: torch.tensor([a.layers[name].scale for a in adapters], device=device).view(-1, 1, 1)
+            name: torch.tensor([a.layers[name].scale for a in self._adapters], device=device).view(-1, 1, 1)
             for name in first.layers
         }
-        for c, adapter in enumerate(adapters):
-            views = self._views(self._flat[c : c + 1])
+        for c, adapter in enumerate(self._adapters):
+            views = {**self._views(self._flat[c : c + 1]), **{n: t[c : c + 1] for n, t in self._resting.items()}}
             for name, tensor in adapter.tensors().items():
                 views[name][0][tuple(slice(0, n) for n in tensor.shape)].copy_(tensor)
+        self._frozen = stacked_frozen(starts, device)
 
     def activate(self, clients: int) -> None:
         """Makes the first ``clients`` rows the ones that train; the others keep their values."""
@@ -111,31 +131,61 @@ class Stack:
         views = self._views(self._flat[:clients])
         # Leaves on the buffer's own memory: an optimizer step on the buffer is a step on each of them.
         self._leaves = {name: view.detach().requires_grad_() for name, view in views.items()}
-        self._gradients = list(self._views(self.gradient).values())
+        self._tensors = {**self._leaves, **{name: tensor[:clients] for name, tensor in self._resting.items()}}
+        self._gradients = self._views(self.gradient)
 
     def changes(
         self, base: Base, layout: Layout, dropout: Dropout | None
     ) -> tuple[dict[str, Change], dict[str, Change]]:
         """Returns what the slots of the base apply for the active clients: pairs by layer, heads by layer."""
-        leaves, n = self._leaves, layout.clients
+        tensors, n = self._tensors, layout.clients
+        frozen = {name: (A[:n], Bt[:n]) for name, (A, Bt) in self._frozen.items()}
         pairs: dict[str, Change] = {
-            name: StackedPair(leaves[f"{name}:A"], leaves[f"{name}:Bt"], scale[:n], layout, dropout)
+            name: StackedPair(tensors[f"{name}:A"], tensors[f"{name}:Bt"], scale[:n], layout, dropout, frozen.get(name))
             for name, scale in self._scales.items()
         }
-        dense = {name.removesuffix(":dense"): leaf for name, leaf in leaves.items() if name.endswith(":dense")}
+        dense = {name.removesuffix(":dense"): leaf for name, leaf in tensors.items() if name.endswith(":dense")}
         heads: dict[str, Change] = {
             path: StackedDense(weight, bias, layout) for path, (weight, bias) in base.head_tensors(dense).items()
         }
         return pairs, heads
 
+    def penalty(self) -> Tensor:
+        """Returns the sum of the active clients' penalties; each depends on its own client's tensors alone."""
+        total = self.flat_leaf.new_zeros(())
+        for c, start in enumerate(self._starts[: len(self.flat_leaf)]):
+            if start.penalty:
+                own = {n: self._tensors[n][c][: len(t)] for n, t in start.adapter.tensors().items()}
+                total = total + start.penalty(start.adapter.with_tensors(own))
+        return total
+
     def backward(self, loss: Tensor) -> None:
         """Writes the gradients of ``loss`` into the buffer; zero for what the model never used."""
         gradients: tuple[Tensor | None, ...] = torch.autograd.grad(loss, list(self._leaves.values()), allow_unused=True)
-        for target, gradient in zip(self._gradients, gradients, strict=True):
+        for target, gradient in zip(self._gradients.values(), gradients, strict=True):
             if gradient is None:
                 target.zero_()
             else:
                 target.copy_(gradient)
+
+    def measure(self) -> None:
+        """Adds this step's |w · gradient|, where clients ask for sensitivities; before the gradient is clipped."""
+        if not any(start.measures_sensitivity for start in self._starts):
+            return
+        for name in self._scales:
+            factors = [key for key in (f"{name}:A", f"{name}:Bt") if key in self._leaves]
+            moved = [(self._leaves[key].detach() * self._gradients[key]).abs() for key in factors]
+            mean = torch.cat(moved, dim=2).mean(dim=2)
+            total = self._measured.setdefault(name, mean.new_zeros(len(self._starts), mean.shape[1]))
+            total[: len(mean)].add_(mean)
+
+    def sensitivity(self, c: int, steps: int) -> dict[str, Tensor]:
+        """Returns client c's mean sensitivity over its steps, by layer [k]; empty when it did not ask."""
+        start = self._starts[c]
+        if not start.measures_sensitivity:
+            return {}
+        layers = start.adapter.layers
+        return {name: (total[c, : layers[name].rank] / steps).cpu() for name, total in self._measured.items()}
 
     def clip(self, largest: float) -> None:
         """Scales each client's gradient down to a norm of at most ``largest``; 0 leaves it as it is."""
@@ -146,8 +196,9 @@ class Stack:
     def adapter(self, c: int) -> Adapter:
         """Returns the trained adapter of client c, at its own rank, as its own memory on the CPU."""
         like, views = self._adapters[c], self._views(self._flat[c : c + 1])
-        own = {name: views[name][0][: len(tensor)] for name, tensor in like.tensors().items()}
-        return like.with_tensors({name: view.detach().to("cpu", copy=True) for name, view in own.items()})
+        values = like.tensors()
+        trained = {name: view[0][: len(values[name])].detach().to("cpu", copy=True) for name, view in views.items()}
+        return like.with_tensors({**values, **trained})
 
     def _views(self, flat: Tensor) -> dict[str, Tensor]:
         views, start = {}, 0
@@ -156,6 +207,22 @@ class Stack:
             views[name] = flat[:, start : start + size].view(len(flat), *shape)
             start += size
         return views
+
+
+def stacked_frozen(starts: Sequence[Start], device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
+    """Returns layer → the clients' frozen pairs [c f i], [c f o], zero-padded, scales folded into the second."""
+    stacked = {}
+    for name in sorted({name for start in starts for name in start.frozen}):
+        pairs = [start.frozen.get(name) for start in starts]
+        rank = max(pair.rank for pair in pairs if pair)
+        d_in, d_out = next((pair.A.shape[1], pair.Bt.shape[1]) for pair in pairs if pair)
+        A, Bt = torch.zeros(len(starts), rank, d_in), torch.zeros(len(starts), rank, d_out)
+        for c, pair in enumerate(pairs):
+            if pair:
+                A[c, : pair.rank] = pair.A
+                Bt[c, : pair.rank] = pair.scale * pair.Bt
+        stacked[name] = (A.to(device), Bt.to(device))
+    return stacked
 
 
 def concatenated(batches: Sequence[Batch], pad_id: int) -> Batch:

@@ -14,7 +14,7 @@ from fslora.config import LocalConfig
 from fslora.engine.optim import make_optimizer
 from fslora.models.base import Base
 from fslora.models.slots import Change, Dropout, SinglePair
-from fslora.types import LocalProblem, Trained
+from fslora.types import LocalProblem, Tensor, Trained
 
 
 class SequentialEngine:
@@ -31,27 +31,46 @@ class SequentialEngine:
             yield self._train_one(problem, lr)
 
     def _train_one(self, problem: LocalProblem, lr: float) -> Trained:
-        start = problem.adapter
-        leaves = {
-            name: tensor.to(self.base.device, copy=True).requires_grad_() for name, tensor in start.tensors().items()
-        }
-        dropout = Dropout(self.dropout, problem.rng.torch()) if self.dropout else None
-        pairs: dict[str, Change] = {
-            name: SinglePair(leaves[f"{name}:A"], leaves[f"{name}:Bt"], pair.scale, dropout)
-            for name, pair in start.layers.items()
-        }
-        dense = {name: leaves[f"{name}:dense"] for name in start.dense}
+        start, device = problem.start, self.base.device
+        tensors = {name: tensor.to(device, copy=True) for name, tensor in start.adapter.tensors().items()}
+        resting = {"A": ":Bt", "B": ":A", "both": "-"}[start.trains]
+        leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items() if not name.endswith(resting)}
         optimizer = make_optimizer(list(leaves.values()), self.local, lr, fused=False)
-        losses = []
+        pairs, heads = self._changes(problem, tensors)
+        losses: list[float] = []
+        measured: dict[str, Tensor] = {}
         for batch in problem.batches:
             optimizer.zero_grad()
-            with self.base.attached(pairs, self.base.single_heads(dense)):
+            with self.base.attached(pairs, heads):
                 logits = self.base.logits(batch)
             loss = functional.cross_entropy(logits.float(), batch["labels"].to(logits.device))
-            loss.backward()  # type: ignore[no-untyped-call]
+            penalty = start.penalty(start.adapter.with_tensors(tensors)) if start.penalty else 0.0
+            (loss + penalty).backward()  # type: ignore[no-untyped-call]
+            if start.measures_sensitivity:
+                for name in start.adapter.layers:
+                    measured[name] = measured.get(name, 0.0) + sensitivity(leaves, name) / len(problem.batches)
             if self.local.clip_norm:
                 torch.nn.utils.clip_grad_norm_(leaves.values(), self.local.clip_norm)
             optimizer.step()
             losses.append(loss.item())
-        values = {name: leaf.detach().cpu() for name, leaf in leaves.items()}
-        return Trained(problem.client, start.with_tensors(values), tuple(losses))
+        values = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+        return Trained(problem.client, start.adapter.with_tensors(values), tuple(losses), measured)
+
+    def _changes(
+        self, problem: LocalProblem, tensors: dict[str, Tensor]
+    ) -> tuple[dict[str, Change], dict[str, Change]]:
+        start, device = problem.start, self.base.device
+        dropout = Dropout(self.dropout, problem.rng.torch()) if self.dropout else None
+        frozen = {name: SinglePair(p.A.to(device), p.Bt.to(device), p.scale) for name, p in start.frozen.items()}
+        pairs: dict[str, Change] = {
+            name: SinglePair(tensors[f"{name}:A"], tensors[f"{name}:Bt"], pair.scale, dropout, frozen.get(name))
+            for name, pair in start.adapter.layers.items()
+        }
+        return pairs, self.base.single_heads({name: tensors[f"{name}:dense"] for name in start.adapter.dense})
+
+
+def sensitivity(leaves: dict[str, Tensor], layer: str) -> Tensor:
+    """Returns mean |w · gradient| over the trained entries of each rank-one part of a layer, [k]."""
+    factors = [leaves[key] for key in (f"{layer}:A", f"{layer}:Bt") if key in leaves]
+    moved = [(w.detach() * w.grad).abs() for w in factors if w.grad is not None]
+    return torch.cat(moved, dim=1).mean(dim=1).cpu()

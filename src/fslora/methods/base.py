@@ -1,8 +1,9 @@
 """What a method is: values in, values out. The round loop and the engines know no method by name.
 
-A method is a frozen record of hyperparameters with five steps. It never trains (that is the engine's work),
-never stores anything in itself (all that it carries is in `ServerState`), and sees one client at a time.
-To add one: a file here, a line in the registry of `fslora.methods`, a test.
+A method is a frozen record of hyperparameters with the steps of a paper's box: what goes down, what a client makes of
+it, what comes up, how that is averaged, what is served. It never trains (that is the engine's work) and never stores
+anything in itself: what the server carries is in `ServerState`, what a client keeps is in its `ClientMemory`.
+To add one: a file here, a line in the registry of `fslora.methods`, a test (docs/add-a-method.md).
 """
 
 from __future__ import annotations
@@ -15,7 +16,20 @@ from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model
 
 from fslora.algebra.adapters import initial, sub
 from fslora.rng import Rng
-from fslora.types import Adapter, Broadcast, Client, ClientUpdate, Round, ServerState, Template
+from fslora.types import (
+    Adapter,
+    BaseUpdate,
+    Broadcast,
+    Client,
+    ClientMemory,
+    ClientUpdate,
+    Round,
+    ServerState,
+    Site,
+    Start,
+    Template,
+    Trained,
+)
 
 
 class Method(BaseModel, ABC):
@@ -27,6 +41,14 @@ class Method(BaseModel, ABC):
     """The registry's name."""
     paper: ClassVar[str]
     """Title and link of the paper."""
+    differs: ClassVar[str]
+    """What differs from client to client, in a few words."""
+    travels: ClassVar[str]
+    """What goes down and up, in a few words."""
+    streams: ClassVar[bool] = True
+    """Whether the server's memory does not grow with the cohort; False where all updates are needed at once."""
+    personal: ClassVar[bool] = False
+    """Whether every client ends with a model of its own, so that there is no global one."""
 
     def check(self, rank: int) -> None:
         """Raises ValueError when the method's own fields do not fit the server's rank; by default all do."""
@@ -41,17 +63,42 @@ class Method(BaseModel, ABC):
     def broadcast(self, state: ServerState, client: Client, round: Round) -> Broadcast:
         """Server, once per client of the cohort: what this client gets."""
 
-    def client_update(self, broadcast: Broadcast, trained: Adapter, client: Client) -> ClientUpdate:
-        """Client, after training: what it sends back. By default trained minus received."""
-        return ClientUpdate(client.id, sub(trained, broadcast.adapter), client.examples, broadcast.rows)
+    def start(self, broadcast: Broadcast, site: Site) -> Start:
+        """Client, on receipt: what it trains from. By default the adapter that it got, all of it."""
+        del site
+        return Start(broadcast.adapter)
+
+    def client_update(self, broadcast: Broadcast, start: Start, trained: Trained, site: Site) -> ClientUpdate:
+        """Client, after training: what it sends back. By default trained minus start, of the factors it trained."""
+        delta = sub(trained.adapter, start.adapter).only(start.trains)
+        return ClientUpdate(site.client.id, delta, site.client.examples, broadcast.rows)
+
+    def remember(self, broadcast: Broadcast, start: Start, trained: Trained, site: Site) -> ClientMemory:
+        """Client, after training: what it keeps until its next round. By default what it kept before."""
+        del broadcast, start, trained
+        return site.memory
 
     @abstractmethod
     def aggregate(self, state: ServerState, updates: Iterator[ClientUpdate], round: Round) -> ServerState:
         """Server, at the end of a round. Updates arrive once, by increasing client id, and need not be kept."""
 
+    def base(self, state: ServerState) -> Adapter | None:
+        """Server, at any time: the sum of all changes of the base so far, on which every client trains."""
+        return state.slots.get("base")
+
+    def base_update(self, update: BaseUpdate, template: Template) -> Adapter:
+        """Client, on receipt: the pairs that a message stands for. By default those in it."""
+        del template
+        return update.adapter
+
     def global_adapter(self, state: ServerState) -> Adapter:
-        """Server, at any time: what is evaluated and exported."""
+        """Server, at any time: what is evaluated and exported, relative to the base before any change."""
         return state.adapter
+
+    def client_adapter(self, state: ServerState, site: Site) -> Adapter:
+        """Client, at any time: its own model, where it has one (``personal``); otherwise the global one."""
+        del site
+        return self.global_adapter(state)
 
     @model_serializer(mode="wrap")
     def _with_name(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -28,6 +28,8 @@ class FedIT(Method):
 
     name: ClassVar[str] = "fedit"
     paper: ClassVar[str] = "Towards Building the Federated GPT (FedIT), arXiv 2305.05644"
+    differs: ClassVar[str] = "nothing: one rank for all"
+    travels: ClassVar[str] = "both factors, down and up"
 
     rank: Annotated[int, Field(ge=1)] | Literal["smallest", "server"] = Field(
         "smallest", description="Everybody's rank: a number, the 'smallest' client's, or the 'server' rank."
@@ -62,5 +64,5 @@ class FedIT(Method):
         """Returns the state after adding the weighted mean of the deltas."""
         total = ScatterMean(state.adapter)
         for update in updates:
-            total.add(update.delta, None, 1.0 if self.weighting == "uniform" else update.examples)
+            total.add(update.adapter, None, 1.0 if self.weighting == "uniform" else update.examples)
         return server_step(state, total.mean("cohort"), self.server)

@@ -42,6 +42,8 @@ class FSLoRA(Method):
 
     name: ClassVar[str] = "fslora"
     paper: ClassVar[str] = "Federated Sketching LoRA, arXiv 2501.19389"
+    differs: ClassVar[str] = "random rank-one parts, drawn anew each round, as many as its rank"
+    travels: ClassVar[str] = "both factors of those parts and their indices, down and up"
 
     sketch: Sketch = Field(
         "independent",
@@ -66,7 +68,7 @@ class FSLoRA(Method):
         """Returns the state after adding the mean of the scattered deltas."""
         total = ScatterMean(state.adapter)
         for update in updates:
-            total.add(update.delta, update.rows, 1.0 if self.weighting == "uniform" else update.examples)
+            total.add(update.adapter, update.rows, 1.0 if self.weighting == "uniform" else update.examples)
         return server_step(state, total.mean(self.average), self.server)
 
     def _rows(self, layers: tuple[str, ...], rank: int, client: Client, round: Round) -> Rows:

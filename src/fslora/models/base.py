@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from fslora.config import AdapterConfig
 from fslora.errors import ModelError
 from fslora.models.slots import Change, SingleDense, SinglePair, Slot
-from fslora.types import Adapter, Batch, Template, Tensor
+from fslora.types import Adapter, Batch, LoRA, Template, Tensor
 
 
 class Base:
@@ -57,6 +57,12 @@ class Base:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     @property
+    def linear_parameters(self) -> int:
+        """The number of frozen weights that a token is multiplied with: those of the linear layers outside the head."""
+        modules = (module for path, module in self.model.named_modules() if not _within(path, self.head))
+        return sum(module.weight.numel() for module in modules if isinstance(module, (nn.Linear, Conv1D)))
+
+    @property
     def fan_in_fan_out(self) -> bool:
         """Whether the adapted layers keep their weight as [in out], as GPT-2's Conv1D does."""
         return any(self.is_transposed(path) for path in self.targets)
@@ -89,22 +95,63 @@ class Base:
     @contextmanager
     def using(self, adapter: Adapter) -> Iterator[None]:
         """While open, the base computes with this one adapter for everybody."""
-        device = self.device
-        pairs = {
-            path: SinglePair(pair.A.to(device), pair.Bt.to(device), pair.scale) for path, pair in adapter.layers.items()
-        }
-        with self.attached(pairs, self.single_heads(adapter.dense)):
+        # A pair that costs more than its layer's own product is merged for the time being (stacked adapters).
+        wide = {path: pair for path, pair in adapter.layers.items() if self._merging_pays(path, pair)}
+        with self.changed(wide), self.attached(self._single_pairs(adapter, wide), self.single_heads(adapter.dense)):
             yield
+
+    @contextmanager
+    def changed(self, layers: Mapping[str, LoRA]) -> Iterator[None]:
+        """While open, the frozen weights are W0 + Δ; afterwards W0 itself is back (never by subtracting).
+
+        The sum is made in float32 and rounded once to the base's own type.
+
+        Raises:
+            ModelError: A layer's weight is quantised, so that nothing can be added to it.
+        """
+        pristine = {path: self._changeable(path).data for path in layers}
+        try:
+            for path, pair in layers.items():
+                weight = pristine[path]
+                delta = pair.delta.T if self.is_transposed(path) else pair.delta
+                self._changeable(path).data = (weight.float() + delta.to(weight.device)).to(weight.dtype)
+            yield
+        finally:
+            for path, weight in pristine.items():
+                self._changeable(path).data = weight
+
+    def _changeable(self, path: str) -> Tensor:
+        weight = self._slots[path].module.weight
+        if self._slots[path].weight_and_bias() is None or not isinstance(weight, Tensor):
+            raise ModelError(
+                f"{path} of {self.name} is quantised, and this method changes the base's weights; "
+                "load the base unquantised, or choose a method that keeps its adapter apart"
+            )
+        return weight
+
+    def _merging_pays(self, path: str, pair: LoRA) -> bool:
+        d_in, d_out = _shape(self._slots[path].module)
+        return pair.rank * (d_in + d_out) > d_in * d_out and self._slots[path].weight_and_bias() is not None
+
+    def _single_pairs(self, adapter: Adapter, without: Mapping[str, LoRA]) -> dict[str, Change]:
+        device = self.device
+        return {
+            path: SinglePair(pair.A.to(device), pair.Bt.to(device), pair.scale)
+            for path, pair in adapter.layers.items()
+            if path not in without
+        }
 
     def single_heads(self, dense: Mapping[str, Tensor]) -> dict[str, Change]:
         """Returns the head's changes for one set of dense tensors."""
         return {path: SingleDense(weight, bias) for path, (weight, bias) in self.head_tensors(dense).items()}
 
     def head_tensors(self, dense: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor | None]]:
-        """Returns module path → (weight, bias) of dense tensors named by parameter."""
+        """Returns module path → (weight, bias) of dense tensors named by parameter; a head without them is left out."""
         device = self.device
         found = {}
         for path in self._head_slots:
+            if f"{path}.weight" not in dense:
+                continue
             bias = dense.get(f"{path}.bias")
             found[path] = (dense[f"{path}.weight"].to(device), None if bias is None else bias.to(device))
         return found

@@ -80,13 +80,19 @@ class SinglePair:
     """[k o]."""
     scale: float
     dropout: Dropout | None = None
+    frozen: SinglePair | None = None
+    """A second pair in the forward pass; dropout does not touch it."""
 
     def apply(self, x: Tensor, layer: Slot) -> Tensor:
         """Returns the frozen output + scale · (x Aᵀ) Bt."""
         y = layer.frozen(x)
-        if self.dropout:
-            x = self.dropout(x)
-        return y + self.scale * (x @ self.A.to(x.dtype).T) @ self.Bt.to(x.dtype)
+        if self.frozen:
+            y = y + self.frozen.path(x)
+        return y + self.path(self.dropout(x) if self.dropout else x)
+
+    def path(self, x: Tensor) -> Tensor:
+        """Returns scale · (x Aᵀ) Bt."""
+        return self.scale * (x @ self.A.to(x.dtype).T) @ self.Bt.to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -143,30 +149,50 @@ class AdaptedLinear(torch.autograd.Function):
     The low-rank products are added into the frozen layer's output, and into its input gradient, where these lie.
     Left to autograd, writing into a view clones the gradient, and the two gradients of x are added by a further pass
     over memory; on wide layers those copies cost as much as the low-rank products themselves.
+
+    A second pair (``frozen_A``, ``frozen_Bt``, with its scale folded in) may take part without being trained.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, Bt: Tensor, scale: Tensor
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        Bt: Tensor,
+        scale: Tensor,
+        frozen_A: Tensor | None,
+        frozen_Bt: Tensor | None,
     ) -> Tensor:
         """Returns [... o]; x [... i], weight [o i], A [c k i], Bt [c k o], scale [c 1 1]."""
         split = x.reshape(A.shape[0], -1, x.shape[-1])
         y = functional.linear(split, weight, bias)
         h = torch.bmm(split, A.transpose(1, 2)).mul_(scale)
         y.baddbmm_(h, Bt)
-        ctx.save_for_backward(split, weight, A, Bt, scale, h)
+        if frozen_A is not None and frozen_Bt is not None:
+            y.baddbmm_(torch.bmm(split, frozen_A.transpose(1, 2)), frozen_Bt)
+        ctx.save_for_backward(split, weight, A, Bt, scale, h, frozen_A, frozen_Bt)
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Returns the gradients by x, A and Bt; the frozen weight has none."""
-        split, weight, A, Bt, scale, h = ctx.saved_tensors
+        """Returns the gradients by x, A and Bt, where they are asked for; what is frozen has none."""
+        split, weight, A, Bt, scale, h, frozen_A, frozen_Bt = ctx.saved_tensors
         g = gradient.reshape(len(A), -1, gradient.shape[-1])
-        dh = torch.bmm(g, Bt.transpose(1, 2)).mul_(scale)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = torch.matmul(g, weight).baddbmm_(dh, A).view(*gradient.shape[:-1], -1)
-        return dx, None, None, torch.bmm(dh.transpose(1, 2), split), torch.bmm(h.transpose(1, 2), g), None
+        wants_x, wants_A, wants_Bt = ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4]
+        dx = dh = None
+        if wants_x or wants_A:
+            dh = torch.bmm(g, Bt.transpose(1, 2)).mul_(scale)
+        if wants_x:
+            assert dh is not None
+            dx = torch.matmul(g, weight).baddbmm_(dh, A)
+            if frozen_A is not None:
+                dx.baddbmm_(torch.bmm(g, frozen_Bt.transpose(1, 2)), frozen_A)
+            dx = dx.view(*gradient.shape[:-1], -1)
+        dA = torch.bmm(dh.transpose(1, 2), split) if wants_A and dh is not None else None
+        dBt = torch.bmm(h.transpose(1, 2), g) if wants_Bt else None
+        return dx, None, None, dA, dBt, None, None, None
 
 
 @dataclass(frozen=True)
@@ -181,15 +207,20 @@ class StackedPair:
     """[c 1 1]."""
     layout: Layout
     dropout: Dropout | None = None
+    frozen: tuple[Tensor, Tensor] | None = None
+    """A second pair [c f i], [c f o] in the forward pass, its scale folded in; dropout does not touch it."""
 
     def apply(self, x: Tensor, layer: Slot) -> Tensor:
         """Returns the frozen output plus each client's low-rank path."""
         A, Bt, scale = self.A.to(x.dtype), self.Bt.to(x.dtype), self.scale.to(x.dtype)
+        frozen_A, frozen_Bt = [tensor.to(x.dtype) for tensor in self.frozen] if self.frozen else (None, None)
         plain = layer.weight_and_bias()
         if plain and self.layout.equal and not self.dropout:
-            fused: Tensor = AdaptedLinear.apply(x, *plain, A, Bt, scale)  # type: ignore[no-untyped-call]
+            fused: Tensor = AdaptedLinear.apply(x, *plain, A, Bt, scale, frozen_A, frozen_Bt)  # type: ignore[no-untyped-call]
             return fused
         y = layer.frozen(x)
+        if frozen_A is not None and frozen_Bt is not None:
+            y = y + self.layout.join(self.layout.split(x) @ frozen_A.transpose(1, 2) @ frozen_Bt, y.shape)
         if self.dropout:
             x = self.dropout(x)
         h = torch.bmm(self.layout.split(x), A.transpose(1, 2)) * scale
