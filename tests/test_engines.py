@@ -7,11 +7,12 @@ import torch
 
 from conftest import ARCHITECTURES, LABELS, WORDS
 from fslora.algebra.adapters import combine
-from fslora.config import AdapterConfig, LocalConfig
+from fslora.config import AdapterConfig, LocalConfig, ModelConfig
 from fslora.data.batches import encode
 from fslora.data.types import Examples
 from fslora.engine.cohort import CohortEngine
 from fslora.engine.sequential import SequentialEngine
+from fslora.models.load import load_base
 from fslora.models.slots import Dropout
 from fslora.rng import Rng
 from fslora.types import Adapter, LocalProblem, LoRA, Start, Trained
@@ -198,3 +199,21 @@ def test_adapter_arithmetic_names_what_differs(tiny_base):
     part = Adapter(dict(list(whole.layers.items())[:1]), whole.dense)
     with pytest.raises(ValueError, match="differ"):
         combine(torch.add, whole, part)
+
+
+def test_a_bfloat16_base_trains_float32_adapters(tiny_folder):
+    """The same problem on a base rounded to bfloat16: near the float32 result, trained tensors float32."""
+    results = {}
+    for dtype in ("float32", "bfloat16"):
+        model = ModelConfig(name=str(tiny_folder("bert")), max_length=32, dtype=dtype)
+        base = load_base(model, AdapterConfig(rank=8, targets="all-linear"), LABELS, Rng(0))
+        assert {p.dtype for p in base.model.parameters()} == {getattr(torch, dtype)}
+        engine = CohortEngine(base, LocalConfig(optimizer="sgd", lr=0.1), 0.0, 4)
+        results[dtype] = list(engine.train(problems(base), 0.1))
+    for exact, rounded in zip(results["float32"], results["bfloat16"], strict=True):
+        assert rounded.losses == pytest.approx(exact.losses, rel=0.05)
+        for name, tensor in exact.adapter.tensors().items():
+            other = rounded.adapter.tensors()[name]
+            assert other.dtype == torch.float32
+            # bfloat16 has 8 bits of mantissa; the error is held against the size of the tensor.
+            assert (tensor - other).norm() < 0.05 * tensor.norm(), name

@@ -66,6 +66,11 @@ class ModelConfig(Section):
     )
     max_length: int = Field(64, ge=4, description="Longest text in tokens; longer ones are cut and counted.")
     device: str = Field("auto", description="'auto' (a GPU if there is one), 'cpu', 'cuda' or 'cuda:N'.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="Type of the frozen base; 'bfloat16' is faster where the processor multiplies in it (AMX, "
+        "AVX512-BF16, GPUs). What is trained stays float32.",
+    )
 
 
 class AdapterConfig(Section):
