@@ -57,7 +57,7 @@ def test_the_loop_and_the_engines_know_no_method_by_name():
     ]:
         code = ast.unparse(ast.parse(file.read_text())).replace("fslora.", "").replace("import fslora", "")
         for name, kind in METHODS.items():
-            assert kind.__name__ not in code, file
+            assert not re.search(rf"\b{kind.__name__}\b", code), file
             assert not re.search(rf"""["']{name}["']""", code.replace("'fslora':", "")), file
 
 

@@ -19,7 +19,7 @@ from fslora.export import export_merged, export_peft, import_peft, lower_rank, r
 from fslora.methods.server import ServerOptimizer, server_step
 from fslora.rng import Rng
 from fslora.runfolder import RunFolder
-from fslora.types import Adapter, LoRA, ServerState, Template
+from fslora.types import Adapter, ClientMemory, LoRA, ServerState, Template
 
 # The same function in float32 with the products in another order, through two layers and a head.
 LOGITS = 1e-5
@@ -650,3 +650,13 @@ def test_a_run_folder_that_went_away_is_an_artifact_error(tmp_path):
         gone.append_metrics({"round": 0})
     with pytest.raises(ArtifactError, match="cannot be written"):
         gone.write_text("summary.json", "{}")
+
+
+def test_tensors_that_share_memory_can_be_saved(tmp_path):
+    """A slot that is the adapter itself, and views of one tensor: they come back with equal values."""
+    whole = torch.arange(24.0).reshape(4, 6)
+    adapter = Adapter({"l": LoRA(whole[:2], whole[2:], 1.0), "m": LoRA(whole[1:3], whole[:2], 1.0)})
+    RunFolder(tmp_path).save_checkpoint(1, ServerState(adapter, {"same": adapter}), {3: ClientMemory({"own": adapter})})
+    _, state, memories = RunFolder(tmp_path).load_checkpoint()
+    for again in (state.adapter, state.slots["same"], memories[3].slots["own"]):
+        assert_same(again, adapter)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,6 +17,9 @@ from rich.table import Table as RichTable
 
 from fslora import __version__
 from fslora.errors import ArtifactError, ConfigError, FsloraError
+
+if TYPE_CHECKING:
+    from fslora.compare import Ledger
 
 app = typer.Typer(
     name="fslora",
@@ -34,6 +37,8 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one key; may be repeated.")
 ]
 RunPath = Annotated[Path, typer.Argument(help="A run folder.", show_default=False)]
+AnyPath = Annotated[Path, typer.Argument(help="The folder of a run or of a comparison.", show_default=False)]
+Jobs = Annotated[int, typer.Option(min=1, help="Comparisons: runs side by side, each in a process of its own.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes; only the result.")]
 
@@ -68,10 +73,66 @@ def run(
 
 
 @app.command()
-def resume(path: RunPath, as_json: AsJson = False, quiet: Quiet = False) -> None:
-    """Continue a stopped run; it ends as if it had never stopped."""
-    from fslora import runner
+def compare(
+    experiment: ExperimentFile = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Names of methods or entries, with commas, or 'all'.", show_default=False)
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="Number of seeds.", show_default=False)] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="What the others are compared with.", show_default=False)
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND=AMOUNT", help="Where every run ends: rounds=40, bytes=50e6, flops=1e13 or seconds=600."
+        ),
+    ] = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=V1,V2", help="Values to try with the first seed; may be repeated."),
+    ] = None,
+    jobs: Jobs = 1,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the comparison [default: runs/TIME-compare].", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run methods and baselines on the same model, data, fleet, seeds and budget, and compare them seed by seed."""
+    from fslora import compare, config
 
+    asked = {
+        "methods": methods and [name.strip() for name in methods.split(",")],
+        "seeds": seeds,
+        "reference": reference,
+        "grid": compare.parse_grid(grid or ()) or None,
+    }
+    options: dict[str, Any] = {"compare": {key: value for key, value in asked.items() if value is not None}}
+    if budget is not None:
+        options["run"] = compare.parse_budget(budget)
+    chosen = compare.with_options(config.load(experiment, overrides or ()), options)
+    path = out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-compare"
+    with _interruptible(path):
+        ledger = compare.start(chosen, path, jobs, _terminal(quiet))
+    _print_comparison(path, as_json, quiet)
+    _exit_with(ledger)
+
+
+@app.command()
+def resume(path: AnyPath, jobs: Jobs = 1, as_json: AsJson = False, quiet: Quiet = False) -> None:
+    """Continue a stopped run or comparison; it ends as if it had never stopped."""
+    from fslora import compare, runner
+
+    if compare.is_comparison(path):
+        with _interruptible(path):
+            ledger = compare.resume(path, jobs, _terminal(quiet))
+        _print_comparison(path, as_json, quiet)
+        _exit_with(ledger)
+        return
+    if jobs != 1:
+        raise ConfigError(f"--jobs is {jobs}, but {path} is no comparison; leave it out")
     with _interruptible(path):
         runner.resume(path, _terminal(quiet))
     _print_closing(path, as_json, quiet)
@@ -129,13 +190,16 @@ def export(
         float | None, typer.Option(min=0.0, max=1.0, help="Lowest rank that keeps this share of energy.")
     ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Write base and adapter as one ordinary model.")] = False,
+    client: Annotated[
+        int | None, typer.Option(min=0, help="Whose adapter, where the method serves one model per client.")
+    ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Write a run's newest adapter as a PEFT folder (optionally of lower rank), or merged into the base."""
     from fslora import evaluation
 
-    result = evaluation.export_run(path, to, rank, energy, merge, _terminal(quiet or as_json))
+    result = evaluation.export_run(path, to, rank, energy, merge, client, _terminal(quiet or as_json))
     if as_json:
         _print_json(result)
     else:
@@ -143,11 +207,16 @@ def export(
 
 
 @app.command()
-def report(path: RunPath, as_json: AsJson = False, quiet: Quiet = False) -> None:
-    """Write the page, figures and tables of a run folder again; works for unfinished runs too."""
+def report(path: AnyPath, as_json: AsJson = False, quiet: Quiet = False) -> None:
+    """Write the page, figures and tables of a run or comparison again; works for unfinished ones too."""
+    from fslora import compare
     from fslora.runfolder import RunFolder
     from fslora.runner import write_report
 
+    if compare.is_comparison(path):
+        compare.write_report(path)
+        _print_comparison(path, as_json, quiet)
+        return
     write_report(RunFolder.open(path))
     _print_closing(path, as_json, quiet)
 
@@ -174,6 +243,29 @@ def init(
         _print_json({"file": str(to)})
     else:
         print(to if quiet else f"{to} written; run it with `fslora run {to}`")
+
+
+@app.command()
+def methods(as_json: AsJson = False, quiet: Quiet = False) -> None:
+    """List the methods: paper, what differs from client to client, what travels."""
+    from fslora.methods import registered
+
+    facts = ("name", "paper", "differs", "travels", "streams", "personal")
+    rows = [{fact: getattr(method, fact) for fact in facts} for method in registered().values()]
+    if as_json:
+        _print_json(rows)
+        return
+    if quiet:
+        print("\n".join(row["name"] for row in rows))
+        return
+    table = RichTable("name", "paper", "differs per client", "travels", "notes", show_lines=True)
+    for row in rows:
+        notes = (
+            "streaming" if row["streams"] else "needs all updates",
+            "one model per client" if row["personal"] else "one global model",
+        )
+        table.add_row(*(row[fact] for fact in facts[:4]), "; ".join(notes))
+    Console(highlight=False).print(table)
 
 
 @app.command()
@@ -235,6 +327,28 @@ def _print_closing(path: Path, as_json: bool, quiet: bool) -> None:
     console.print(table.rich())
     lines = [f"page     {path / 'report.html'}", f"adapter  {path / 'adapter'}"]
     print(path if quiet else "\n".join(lines))
+
+
+def _print_comparison(path: Path, as_json: bool, quiet: bool) -> None:
+    from fslora.report import comparison_table
+
+    table = comparison_table(path)
+    page = path / "report.html"
+    if as_json:
+        _print_json({"comparison": str(path), "page": str(page), "rows": table.dicts()})
+        return
+    Console(highlight=False).print(table.rich())
+    results = ", ".join(str(path / f"results.{kind}") for kind in ("csv", "json", "md", "tex"))
+    print(path if quiet else f"page     {page}\nresults  {results}")
+
+
+def _exit_with(ledger: Ledger) -> None:
+    """Names what is missing from a comparison, and exits with 1 if anything is."""
+    failures = ledger.failures()
+    for cell, error in failures:
+        print(f"fslora: {cell.folder} failed: {error}", file=sys.stderr)
+    if failures:
+        raise typer.Exit(1)
 
 
 def _print_json(value: Any) -> None:

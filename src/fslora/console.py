@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from fslora.report.text import byte_text, percent
 from fslora.simulate import Watcher
@@ -17,7 +18,7 @@ FACTS = ("loss", "accuracy", "sent", "dropped")
 
 
 class Silent:
-    """Shows nothing."""
+    """Shows nothing: a watcher of rounds, and a board of cells."""
 
     def round_started(self, number: int, clients: int) -> None:
         """Nothing."""
@@ -26,6 +27,14 @@ class Silent:
         """Nothing."""
 
     def round_done(self, row: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def started(self, name: str, done: int, rounds: int | None) -> Watcher:
+        """Nothing."""
+        del name, done, rounds
+        return self
+
+    def ended(self, name: str, text: str, total: int) -> None:
         """Nothing."""
 
 
@@ -69,6 +78,35 @@ class RoundBar:
         self._progress.update(self._task, facts=facts + clients)
 
 
+class CellBars:
+    """One bar over the cells of a comparison, and one below it for each cell that runs."""
+
+    def __init__(self, progress: Progress, done: int, total: int) -> None:
+        self._progress = progress
+        self._all = progress.add_task(f"{'cells':<11}", total=total, completed=done, facts="")
+        self._running: dict[str, TaskID] = {}
+
+    def started(self, name: str, done: int, rounds: int | None) -> Watcher:
+        """Opens a bar over the cell's rounds."""
+        task = self._progress.add_task(name, total=rounds, completed=done, facts="")
+        self._running[name] = task
+        return RoundBar(self._progress, task)
+
+    def ended(self, name: str, text: str, total: int) -> None:
+        """Replaces the cell's bar by a line."""
+        self._progress.remove_task(self._running.pop(name))
+        self._progress.console.print(text, markup=False, soft_wrap=True)
+        self._progress.update(self._all, advance=1, total=total)
+
+
+class Count(ProgressColumn):
+    """How many of how many; without the latter where that is open."""
+
+    def render(self, task: Task) -> Text:
+        """Returns the column of one bar."""
+        return Text(f"{task.completed:.0f}" + ("" if task.total is None else f"/{task.total:.0f}"))
+
+
 class Terminal:
     """The stage of a command that may talk."""
 
@@ -87,13 +125,25 @@ class Terminal:
         if self._quiet:
             yield Silent()
             return
+        with self._progress() as progress:
+            task = progress.add_task(f"{name:<11}", total=total, completed=done, facts="")
+            yield RoundBar(progress, task)
+
+    @contextmanager
+    def cells(self, done: int, total: int) -> Iterator[Silent | CellBars]:
+        """Shows a progress bar for the cells of a comparison, and one for each that runs, unless quiet."""
+        if self._quiet:
+            yield Silent()
+            return
+        with self._progress() as progress:
+            yield CellBars(progress, done, total)
+
+    def _progress(self) -> Progress:
         columns = (
             TextColumn("{task.description}"),
             BarColumn(bar_width=8),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            Count(),
             TextColumn("{task.fields[facts]}", markup=False),
             TimeElapsedColumn(),
         )
-        with Progress(*columns, console=self._console) as progress:
-            task = progress.add_task(f"{name:<11}", total=total, completed=done, facts="")
-            yield RoundBar(progress, task)
+        return Progress(*columns, console=self._console)

@@ -75,11 +75,11 @@ def export_run(
         raise ArtifactError(f"{to} exists already; name a new folder with --to")
     folder = RunFolder.open(path)
     newest = folder.load_checkpoint()
-    if newest is None:
+    if newest is None and not folder.finished:
         raise ArtifactError(f"{path} holds no checkpoint yet; `fslora resume {path}` goes on with it")
     federation = _federation(path, stage)
-    rounds, state, memories = newest
-    adapter = _served(federation, state, memories, client)
+    rounds, adapters = _served(federation, *newest) if newest else (folder.rounds_done, read_adapters(path / "adapter"))
+    adapter = _chosen(adapters, client, federation.experiment.method.name)
     full = max(pair.rank for pair in adapter.layers.values())
     if rank is not None and rank > full:
         raise ConfigError(f"--rank is {rank}, but the adapter has rank {full}; give a lower one")
@@ -99,19 +99,25 @@ def export_run(
 
 
 def _served(
-    federation: Federation, state: ServerState, memories: Mapping[int, ClientMemory], client: int | None
-) -> Adapter:
-    method, trainers = federation.experiment.method, federation.trainers
+    federation: Federation, rounds: int, state: ServerState, memories: Mapping[int, ClientMemory]
+) -> tuple[int, list[Adapter]]:
+    method, template = federation.experiment.method, federation.template
     if not method.personal:
+        return rounds, [method.global_adapter(state)]
+    sites = [Site(client, template, memories.get(client.id, ClientMemory())) for client in federation.trainers]
+    return rounds, [method.client_adapter(state, site) for site in sites]
+
+
+def _chosen(adapters: list[Adapter], client: int | None, method: str) -> Adapter:
+    if len(adapters) == 1:
         if client is not None:
-            raise ConfigError(f"--client is {client}, but {method.name} serves one model to all; leave it out")
-        return method.global_adapter(state)
-    if client is None or not 0 <= client < len(trainers):
+            raise ConfigError(f"--client is {client}, but {method} serves one model to all; leave it out")
+        return adapters[0]
+    if client is None or not 0 <= client < len(adapters):
         raise ConfigError(
-            f"{method.name} serves one model per client, and --client is {client}; give one of 0 to {len(trainers) - 1}"
+            f"{method} serves one model per client, and --client is {client}; give one of 0 to {len(adapters) - 1}"
         )
-    site = Site(trainers[client], federation.template, memories.get(client, ClientMemory()))
-    return method.client_adapter(state, site)
+    return adapters[client]
 
 
 def _federation(path: Path, stage: Stage) -> Federation:

@@ -151,9 +151,11 @@ class RunFolder:
 
     @property
     def rounds_done(self) -> int:
-        """Rounds in the newest checkpoint; its tensors are not read."""
+        """Rounds that will not be run again: those in the newest checkpoint, or all of a finished run without one."""
         found = self._checkpoints()
-        return int(found[-1].name.removeprefix("round-")) if found else 0
+        if found:
+            return int(found[-1].name.removeprefix("round-"))
+        return int((self.read_json("summary.json") or {}).get("rounds", 0)) if self.finished else 0
 
     def drop_checkpoints(self) -> None:
         """Removes all checkpoints: of a finished run that nobody will continue."""
@@ -186,17 +188,24 @@ def flatten(state: ServerState, memories: Mapping[int, ClientMemory]) -> tuple[d
     parts = {"adapter": state.adapter, **{f"slot.{name}": slot for name, slot in state.slots.items()}}
     for client, memory in memories.items():
         parts.update({f"client.{client}.{name}": slot for name, slot in memory.slots.items()})
-    tensors = {
-        f"{part}|{name}": tensor.contiguous()
-        for part, adapter in parts.items()
-        for name, tensor in adapter.tensors().items()
-    }
-    return tensors, {
+    return _unshared(parts), {
         "scales": {part: {name: pair.scale for name, pair in a.layers.items()} for part, a in parts.items()},
         "dense": {part: list(adapter.dense) for part, adapter in parts.items()},
         "scalars": dict(state.scalars),
         "memories": {str(client): dict(memory.scalars) for client, memory in memories.items()},
     }
+
+
+def _unshared(parts: Mapping[str, Adapter]) -> dict[str, Tensor]:
+    """Every tensor under a unique name; those that share memory are copied, because safetensors takes no aliases."""
+    tensors, seen = {}, set()
+    for part, adapter in parts.items():
+        for name, tensor in adapter.tensors().items():
+            packed = tensor.contiguous()
+            memory = packed.untyped_storage().data_ptr()
+            tensors[f"{part}|{name}"] = packed.clone() if memory in seen else packed
+            seen.add(memory)
+    return tensors
 
 
 def unflatten(
