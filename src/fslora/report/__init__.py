@@ -1,5 +1,7 @@
-"""The report layer: run folders in; tables, figures and one page out. It never loads a model or data."""
+"""The report layer: run and comparison folders in; tables, figures and one page out. It never loads a model or data."""
 
+from fslora.report.comparison_page import write_comparison
+from fslora.report.comparison_tables import comparison_table
 from fslora.report.figures import (
     Drawn,
     accuracy_figure,
@@ -36,6 +38,7 @@ __all__ = [
     "client_scores_figure",
     "clients_table",
     "closing_table",
+    "comparison_table",
     "coverage_figure",
     "draw_all",
     "dropped_table",
@@ -47,5 +50,6 @@ __all__ = [
     "read_run",
     "save",
     "statistics_table",
+    "write_comparison",
     "write_page",
 ]

@@ -92,9 +92,16 @@ def client_scores_figure(records: Sequence[RunRecord]) -> Figure | None:
     return figure
 
 
+def rank_groups(ranks: Sequence[int]) -> list[Sequence[int]]:
+    """Returns the distinct ranks in groups: up to six stand alone, more in four groups of neighbours."""
+    groups = len(ranks) if len(ranks) <= 6 else 4
+    bounds = [round(position * len(ranks) / groups) for position in range(groups + 1)]
+    return [ranks[start:stop] for start, stop in pairwise(bounds)]
+
+
 def _rank_means(axes: Axes, records: Sequence[RunRecord]) -> list[Line2D]:
     """Draws every run's mean accuracy by groups of the main run's ranks; returns the runs' legend entries."""
-    groups = _rank_groups(sorted({client.rank for client in records[0].fleet}))
+    groups = rank_groups(sorted({client.rank for client in records[0].fleet}))
     places = [float(place) for place in range(len(groups))]
     members = [{client.id for client in records[0].fleet if client.rank in group} for group in groups]
     starts = _group_means(records[0], members, "before")
@@ -124,13 +131,6 @@ def _group_means(record: RunRecord, members: Sequence[set[int]], part: str) -> l
         values = [value for value in (score(scored, "accuracy") for scored in parts) if value is not None]
         means.append(fmean(values) if values else nan)
     return means
-
-
-def _rank_groups(ranks: Sequence[int]) -> list[Sequence[int]]:
-    """The distinct ranks: up to six stand alone, more in four groups of neighbours."""
-    groups = len(ranks) if len(ranks) <= 6 else 4
-    bounds = [round(position * len(ranks) / groups) for position in range(groups + 1)]
-    return [ranks[start:stop] for start, stop in pairwise(bounds)]
 
 
 def _own_scores(record: RunRecord) -> dict[int, ClientScores]:

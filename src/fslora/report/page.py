@@ -6,10 +6,11 @@ import json
 import os
 import shlex
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from fslora.errors import ArtifactError
 from fslora.report.figures import NAMES, Drawn, draw_all
@@ -34,7 +35,8 @@ _SVG_LIMIT = 300_000
 """Bytes above which a figure is embedded as PNG where that is smaller: a large fleet has many marks."""
 _OPEN_ROWS = 12
 """Rows up to which a table is shown unfolded."""
-_Files = dict[str, dict[str, bytes]]
+Files = dict[str, dict[str, bytes]]
+"""Figure → form (svg, png) → the file."""
 
 
 def write_page(run_dir: str | Path) -> Path:
@@ -45,49 +47,58 @@ def write_page(run_dir: str | Path) -> Path:
     """
     record = read_run(run_dir)
     drawn = draw_all(record)
-    files: _Files = {entry.name: {form: save(entry.figure, form) for form in ("svg", "png")} for entry in drawn}
-    folder = record.path / "figures"
-    for name in NAMES:
-        for form in ("svg", "png"):
-            _put(folder / f"{name}.{form}", files[name][form] if name in files else None)
+    files = put_figures(record.path / "figures", drawn, NAMES)
     top = headline(record)
-    _put(record.path / "summary.md", _markdown(record, top, drawn).encode())
+    put(record.path / "summary.md", _markdown(record, top, drawn).encode())
     page = record.path / "report.html"
-    _put(page, _html(record, top, drawn, files).encode())
+    put(page, _html(record, top, drawn, files).encode())
     return page
 
 
-def _html(record: RunRecord, top: Headline, drawn: list[Drawn], files: _Files) -> str:
+def _html(record: RunRecord, top: Headline, drawn: list[Drawn], files: Files) -> str:
     """The page. Everything that comes from the run folder passes through `escape`."""
-    pictures = {entry.name: _picture(entry, files[entry.name]) for entry in drawn}
+    pictures = {entry.name: picture(entry, files[entry.name]) for entry in drawn}
     body = [
-        *_head_section(record, top),
-        *_section("Runs", _runs_part(record)),
-        *_section("Training", (pictures[name] for name in ("accuracy", "loss") if name in pictures)),
-        *_section("Fleet", (pictures[name] for name in ("bytes", "coverage") if name in pictures)),
-        *_section("Clients", _clients_part(record, pictures)),
-        *_section("Data", _data_part(record, pictures)),
-        *_section("Refused updates", _dropped_part(record)),
-        *_section("Use it", _use_part(record)),
-        *_section("Settings", _settings_part(record)),
+        *head(record.name, top, finished=record.finished),
+        *section("Runs", _runs_part(record)),
+        *section("Training", (pictures[name] for name in ("accuracy", "loss") if name in pictures)),
+        *section("Fleet", (pictures[name] for name in ("bytes", "coverage") if name in pictures)),
+        *section("Clients", _clients_part(record, pictures)),
+        *section("Data", _data_part(record, pictures)),
+        *section("Refused updates", _dropped_part(record)),
+        *section("Use it", _use_part(record)),
+        *section("Settings", settings(record.config_text, record.environment)),
     ]
+    return document(record.name, body, record.environment, "the run folder")
+
+
+def document(name: str, body: Sequence[str], environment: Mapping[str, Any], source: str) -> str:
+    """Returns a whole page that needs no other file.
+
+    Args:
+        name: What is reported on.
+        body: The parts, as HTML.
+        environment: What environment.json holds, for the version.
+        source: What the page was written from.
+    """
+    version = plain(environment.get("fslora", ""))
     style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
-    version = plain(record.environment.get("fslora", ""))
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(plain(record.name))} · fslora report</title>\n"
+        f"<title>{escape(plain(name))} · fslora report</title>\n"
         f"<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(body)
-        + f"\n<footer>Written by fslora {escape(version)} from the run folder alone. "
+        + f"\n<footer>Written by fslora {escape(version)} from {escape(source)} alone. "
         "Bytes are decimal: 1 MB is 1,000,000 bytes.</footer>\n</main>\n</body>\n</html>\n"
     )
 
 
-def _head_section(record: RunRecord, top: Headline) -> Iterator[str]:
-    state = "finished" if record.finished else "not finished"
-    badge = f'<span class="badge {"done" if record.finished else "open"}">{state}</span>'
-    yield f"<header><h1>{escape(plain(record.name))} {badge}</h1>"
+def head(name: str, top: Headline, *, finished: bool) -> Iterator[str]:
+    """Yields the top of a page: name and state, what was done, how it ended, and what to be wary of."""
+    state = "finished" if finished else "not finished"
+    badge = f'<span class="badge {"done" if finished else "open"}">{state}</span>'
+    yield f"<header><h1>{escape(plain(name))} {badge}</h1>"
     yield f'<p class="what">{escape(top.what)}</p>\n<p class="result">{escape(top.result)}</p>'
     tiles = (
         f"<div><dt>{escape(tile.name)}</dt><dd>{escape(tile.value)}</dd><dd>{escape(tile.remark)}</dd></div>"
@@ -99,8 +110,8 @@ def _head_section(record: RunRecord, top: Headline) -> Iterator[str]:
     yield "</header>"
 
 
-def _section(title: str, parts: Iterator[str]) -> Iterator[str]:
-    """A section; nothing where there is nothing in it."""
+def section(title: str, parts: Iterable[str]) -> Iterator[str]:
+    """Yields a section; nothing where there is nothing in it."""
     content = list(parts)
     if content:
         yield f"<section><h2>{escape(title)}</h2>"
@@ -109,10 +120,10 @@ def _section(title: str, parts: Iterator[str]) -> Iterator[str]:
 
 
 def _runs_part(record: RunRecord) -> Iterator[str]:
-    yield _drawn(closing_table(record.runs))
+    yield drawn_table(closing_table(record.runs))
     examples = record.data.examples.get("test") if record.data else None
     sampled = f" of {count(examples)} test examples" if examples else ""
-    yield _remark(
+    yield remark(
         "Before and after: test accuracy without and with federated training. "
         f"± is the 95 % sampling error{sampled}; it does not hold what another seed would change. "
         "Down and up: all clients together."
@@ -124,38 +135,38 @@ def _runs_part(record: RunRecord) -> Iterator[str]:
             Column("variant", "variant", number=False),
             Column("change", "changes", lambda text: plain(text, 300), number=False),
         )
-        yield _table(Table("What the variants change", columns, rows), folded=False)
+        yield titled_table(Table("What the variants change", columns, rows), folded=False)
 
 
 def _clients_part(record: RunRecord, pictures: dict[str, str]) -> Iterator[str]:
     if "clients" in pictures:
         yield pictures["clients"]
     if record.fleet and record.rounds:
-        yield _table(clients_table(record))
+        yield titled_table(clients_table(record))
 
 
 def _data_part(record: RunRecord, pictures: dict[str, str]) -> Iterator[str]:
     if "partition" in pictures:
         yield pictures["partition"]
     if record.data:
-        yield _table(statistics_table(record.data), folded=False)
+        yield titled_table(statistics_table(record.data), folded=False)
         for table in (class_table(record.data), fleet_table(record.data)):
             if table.rows:
-                yield _table(table)
+                yield titled_table(table)
 
 
 def _dropped_part(record: RunRecord) -> Iterator[str]:
     table = dropped_table(record.runs)
     if table.rows:
-        yield _remark("These clients trained, but what they sent could not be used.")
-        yield _table(table)
+        yield remark("These clients trained, but what they sent could not be used.")
+        yield titled_table(table)
 
 
 def _use_part(record: RunRecord) -> Iterator[str]:
     started = {run.name for run in record.runs}
     if not all(run.finished for run in record.runs) or (record.main and not started >= changes(record).keys()):
         path = record.path if record.main else record.path.resolve().parent.parent
-        yield "<p>Go on where it stopped:</p>" + _code(f"fslora resume {shlex.quote(str(path))}")
+        yield "<p>Go on where it stopped:</p>" + code(f"fslora resume {shlex.quote(str(path))}")
     if not (record.path / "adapter").is_dir():
         yield "<p>There is no adapter folder yet; it is written when the run ends or is interrupted.</p>"
         return
@@ -166,19 +177,21 @@ def _use_part(record: RunRecord) -> Iterator[str]:
     explained = (record.path / "adapter" / "README.md").is_file()
     how = "; its README.md shows the whole way to a label" if explained else ""
     yield f"<p>The {state} is in PEFT's format{how}:</p>"
-    yield _code(f"from peft import PeftModel\n\n{base}model = PeftModel.from_pretrained(base, {adapter})")
+    yield code(f"from peft import PeftModel\n\n{base}model = PeftModel.from_pretrained(base, {adapter})")
 
 
-def _settings_part(record: RunRecord) -> Iterator[str]:
-    if record.config_text:
-        yield f"<details><summary>The resolved experiment</summary>{_code(record.config_text)}</details>"
-    if record.environment:
-        rows = tuple({"key": key, "value": value} for key, value in flat(record.environment))
+def settings(config_text: str, environment: Mapping[str, Any]) -> Iterator[str]:
+    """Yields the experiment and the environment, folded."""
+    if config_text:
+        yield f"<details><summary>The resolved experiment</summary>{code(config_text)}</details>"
+    if environment:
+        rows = tuple({"key": key, "value": value} for key, value in flat(environment))
         columns = (Column("key", "", number=False), Column("value", "", fact_text, number=False))
-        yield _table(Table("Environment", columns, rows), folded=True)
+        yield titled_table(Table("Environment", columns, rows), folded=True)
 
 
-def _picture(entry: Drawn, files: dict[str, bytes]) -> str:
+def picture(entry: Drawn, files: Mapping[str, bytes]) -> str:
+    """Returns a figure with its title and how to read it; ``files`` are its forms."""
     vector = len(files["svg"]) <= max(_SVG_LIMIT, len(files["png"]))
     form, kind = ("svg", "svg+xml") if vector else ("png", "png")
     source = f"data:image/{kind};base64,{b64encode(files[form]).decode()}"
@@ -189,21 +202,29 @@ def _picture(entry: Drawn, files: dict[str, bytes]) -> str:
     )
 
 
-def _table(table: Table, *, folded: bool | None = None) -> str:
-    """A table under its title, folded where it is long."""
+def titled_table(table: Table, *, folded: bool | None = None) -> str:
+    """Returns a table under its title, folded where it is long."""
     if folded if folded is not None else len(table.rows) > _OPEN_ROWS:
         size = f" ({len(table.rows)})" if folded is None else ""
-        return f"<details><summary>{escape(table.title)}{size}</summary>{_drawn(table)}</details>"
-    return f"<h3>{escape(table.title)}</h3>{_drawn(table)}"
+        return f"<details><summary>{escape(table.title)}{size}</summary>{drawn_table(table)}</details>"
+    return f"<h3>{escape(table.title)}</h3>{drawn_table(table)}"
 
 
-def _drawn(table: Table) -> str:
+def drawn_table(table: Table) -> str:
+    """Returns a table without its title."""
     classes = [' class="number"' if column.number else "" for column in table.columns]
     columns = zip(table.columns, classes, strict=True)
     titles = "".join(f'<th scope="col"{kind}>{escape(column.title)}</th>' for column, kind in columns)
-    head = f"<thead><tr>{titles}</tr></thead>" if any(column.title for column in table.columns) else ""
-    rows = "\n".join(_row(cells, classes) for cells in table.cells())
-    return f'<div class="scroll"><table>{head}<tbody>\n{rows}\n</tbody></table></div>'
+    top = f"<thead><tr>{titles}</tr></thead>" if any(column.title for column in table.columns) else ""
+    rows = "\n".join(_group(table, position) + _row(cells, classes) for position, cells in enumerate(table.cells()))
+    return f'<div class="scroll"><table>{top}<tbody>\n{rows}\n</tbody></table></div>'
+
+
+def _group(table: Table, position: int) -> str:
+    """The heading of the group that begins with a row, if one does."""
+    if position not in table.groups:
+        return ""
+    return f'<tr class="group"><td colspan="{len(table.columns)}">{escape(table.groups[position])}</td></tr>\n'
 
 
 def _row(cells: list[str], classes: list[str]) -> str:
@@ -211,11 +232,13 @@ def _row(cells: list[str], classes: list[str]) -> str:
     return "<tr>" + "".join(parts) + "</tr>"
 
 
-def _remark(text: str) -> str:
+def remark(text: str) -> str:
+    """Returns a paragraph on how to read what is above it."""
     return f'<p class="remark">{escape(text)}</p>'
 
 
-def _code(text: str) -> str:
+def code(text: str) -> str:
+    """Returns text as it is typed."""
     return f"<pre><code>{escape(text)}</code></pre>"
 
 
@@ -232,8 +255,21 @@ def _markdown(record: RunRecord, top: Headline, drawn: list[Drawn]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _put(path: Path, content: bytes | None) -> None:
-    """Replaces a file in one step; without content, removes what an earlier report left."""
+def put_figures(folder: Path, drawn: Sequence[Drawn], names: Sequence[str]) -> Files:
+    """Writes figures and returns their files; of ``names``, those that are not drawn are removed."""
+    files: Files = {entry.name: {form: save(entry.figure, form) for form in ("svg", "png")} for entry in drawn}
+    for name in names:
+        for form in ("svg", "png"):
+            put(folder / f"{name}.{form}", files[name][form] if name in files else None)
+    return files
+
+
+def put(path: Path, content: bytes | None) -> None:
+    """Replaces a file in one step; without content, removes what an earlier report left.
+
+    Raises:
+        ArtifactError: The file cannot be written.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         if content is None:

@@ -61,6 +61,22 @@ class RoundRow:
     dropped: Mapping[int, str] = field(default_factory=dict)
     """Client → why its update was refused."""
     validation: Scores | None = None
+    client_flops: Mapping[int, float] = field(default_factory=dict)
+    """Floating-point operations that each client computed; empty in folders that do not record it."""
+    flops_total: float | None = None
+    """All clients, since the start."""
+    client_memory: Mapping[int, float] = field(default_factory=dict)
+    """Bytes that a client needs for its part of the adapter, without activations and the base."""
+    simulated_seconds: float | None = None
+    """How long the round would take on the fleet's own devices and links."""
+    time_total: float | None = None
+    """Simulated seconds since the start."""
+    server_seconds: float | None = None
+    server_bytes: float | None = None
+    """Size of the server's state."""
+    spectrum: tuple[float, ...] | None = None
+    """Share of the global update's energy in each singular value, mean over layers, largest first."""
+    effective_rank: float | None = None
 
 
 @dataclass(frozen=True)
@@ -135,6 +151,16 @@ class Summary:
     peak_memory_bytes: int | None = None
     adapter_parameters: int | None = None
     base_parameters: int | None = None
+    personal: bool = False
+    """Whether the method serves one model per client; ``test`` is then the mean over them."""
+    flops: float | None = None
+    """Floating-point operations of all clients together."""
+    simulated_seconds: float | None = None
+    server_seconds: float | None = None
+    client_memory_bytes: float | None = None
+    """The most over clients and rounds."""
+    server_bytes: float | None = None
+    """The most over rounds."""
 
 
 @dataclass(frozen=True)
@@ -232,7 +258,7 @@ def parse_data(fields: Mapping[str, Any], source: str = "data.json") -> DataReco
     Raises:
         ArtifactError: A value has the wrong type, or clients and partition do not match.
     """
-    data = _validated(DataRecord, fields, source)
+    data = validated(DataRecord, fields, source)
     clients = len(data.fleet)
     for key, length in (
         ("label_counts", len(data.partition.label_counts)),
@@ -246,14 +272,55 @@ def parse_data(fields: Mapping[str, Any], source: str = "data.json") -> DataReco
     return data
 
 
+def validated(kind: type[Part], fields: object, source: str | Path) -> Part:
+    """Returns the dataclass of a JSON object. Unknown keys are left out; null is the same as missing.
+
+    Raises:
+        ArtifactError: A value has the wrong type; the error names ``source``.
+    """
+    if kind not in _FORMS:
+        _FORMS[kind] = TypeAdapter(kind)
+    try:
+        value: Part = _FORMS[kind].validate_python(_without_nulls(fields))
+    except ValidationError as error:
+        item = error.errors()[0]
+        where = ".".join(str(part) for part in item["loc"]) or "the whole"
+        given = repr(item["input"])[:80]
+        raise ArtifactError(
+            f"{source} is damaged: {where} is {given}: {item['msg']}; restore the file or run the experiment again"
+        ) from None
+    return value
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Returns the object in a JSON file, or None when there is no file."""
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(_bytes(path))
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path} is damaged: {error}; restore the file or delete it") from None
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{path} is damaged: it holds no JSON object; restore the file or delete it")
+    return value
+
+
+def read_text(path: Path) -> str:
+    """Returns a file's text; none when there is no file."""
+    try:
+        return _bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"{path} is not UTF-8 text: {error}; restore the file") from None
+
+
 def _read_one(folder: Path, parent: Path, *, main: bool) -> RunRecord:
-    config_text = _text(folder / "experiment.toml")
+    config_text = read_text(folder / "experiment.toml")
     # A variant has files of its own where it changes what they describe.
     data_path, baseline_path = (
         folder / part if (folder / part).is_file() else parent / part for part in ("data.json", "baseline.json")
     )
-    data, baseline = _json(data_path), _json(baseline_path)
-    summary, environment = _json(folder / "summary.json"), _json(folder / "environment.json")
+    data, baseline = read_json(data_path), read_json(baseline_path)
+    summary, environment = read_json(folder / "summary.json"), read_json(folder / "environment.json")
     return RunRecord(
         path=folder,
         name=(folder.name or folder.resolve().name) or "run",
@@ -261,9 +328,9 @@ def _read_one(folder: Path, parent: Path, *, main: bool) -> RunRecord:
         config_text=config_text,
         environment=environment or {},
         data=None if data is None else parse_data(data, str(data_path)),
-        baseline=None if baseline is None else _validated(Baseline, baseline, baseline_path),
+        baseline=None if baseline is None else validated(Baseline, baseline, baseline_path),
         rounds=_rounds(folder / "metrics.jsonl"),
-        summary=None if summary is None else _validated(Summary, summary, folder / "summary.json"),
+        summary=None if summary is None else validated(Summary, summary, folder / "summary.json"),
         main=main,
     )
 
@@ -296,23 +363,9 @@ def _rounds(path: Path) -> tuple[RoundRow, ...]:
             raise ArtifactError(
                 f"{path}, line {number}, is damaged (not JSON); restore the file or delete that line"
             ) from None
-        row = _validated(RoundRow, fields, f"{path}, line {number}")
+        row = validated(RoundRow, fields, f"{path}, line {number}")
         rows[row.round] = row
     return tuple(rows[number] for number in sorted(rows))
-
-
-def _validated(kind: type[Part], fields: object, source: str | Path) -> Part:
-    """The dataclass of a JSON object. Unknown keys are left out; null is the same as missing."""
-    try:
-        value: Part = _FORMS[kind].validate_python(_without_nulls(fields))
-    except ValidationError as error:
-        item = error.errors()[0]
-        where = ".".join(str(part) for part in item["loc"]) or "the whole"
-        given = repr(item["input"])[:80]
-        raise ArtifactError(
-            f"{source} is damaged: {where} is {given}: {item['msg']}; restore the file or run the experiment again"
-        ) from None
-    return value
 
 
 def _without_nulls(value: object) -> object:
@@ -321,31 +374,11 @@ def _without_nulls(value: object) -> object:
     return [_without_nulls(entry) for entry in value] if isinstance(value, list) else value
 
 
-def _json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None when there is no file."""
-    if not path.is_file():
-        return None
-    try:
-        value = json.loads(_bytes(path))
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} is damaged: {error}; restore the file or delete it") from None
-    if not isinstance(value, dict):
-        raise ArtifactError(f"{path} is damaged: it holds no JSON object; restore the file or delete it")
-    return value
-
-
 def _toml(path: Path, text: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ArtifactError(f"{path} is not valid TOML: {error}; restore the file") from None
-
-
-def _text(path: Path) -> str:
-    try:
-        return _bytes(path).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ArtifactError(f"{path} is not UTF-8 text: {error}; restore the file") from None
 
 
 def _bytes(path: Path) -> bytes:
@@ -358,4 +391,5 @@ def _bytes(path: Path) -> bytes:
         raise ArtifactError(f"{path} cannot be read: {error.strerror}; check its permissions") from None
 
 
-_FORMS: dict[type, TypeAdapter[Any]] = {kind: TypeAdapter(kind) for kind in (RoundRow, DataRecord, Baseline, Summary)}
+_FORMS: dict[type, TypeAdapter[Any]] = {}
+"""By dataclass; building one takes much longer than reading with it."""

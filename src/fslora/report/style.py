@@ -106,8 +106,12 @@ def run_styles(records: Sequence[RunRecord]) -> list[RunStyle]:
 def rank_colours(fleet: Sequence[Client]) -> dict[int, str]:
     """Returns a colour per rank of the fleet, light for low and dark for high, in a hue that no run has."""
     ranks = sorted({client.rank for client in fleet})
-    last = max(1, len(ranks) - 1)
-    return {rank: to_hex(_RANKS(position / last if len(ranks) > 1 else 0.6)) for position, rank in enumerate(ranks)}
+    return dict(zip(ranks, rank_shades(len(ranks)), strict=True))
+
+
+def rank_shades(number: int) -> list[str]:
+    """Returns so many colours of the ranks' hue, from light for low to dark for high."""
+    return [to_hex(_RANKS(place / (number - 1) if number > 1 else 0.6)) for place in range(number)]
 
 
 def by_rank(fleet: Sequence[Client]) -> list[int]:

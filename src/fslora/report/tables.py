@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import Any
 
@@ -51,6 +51,10 @@ class Table:
     title: str
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
+    groups: Mapping[int, str] = field(default_factory=dict)
+    """Position of a row → what the rows from there on are called; empty where all rows are alike."""
+    note: str = ""
+    """What to know before reading it, where that is printed below the table."""
 
     def cells(self) -> list[list[str]]:
         """Returns the formatted rows."""
@@ -59,7 +63,11 @@ class Table:
     def compact(self) -> Table:
         """Returns the table without the columns that no row has a value for."""
         used = tuple(column for column in self.columns if any(row.get(column.key) is not None for row in self.rows))
-        return Table(self.title, used, self.rows)
+        return replace(self, columns=used)
+
+    def only(self, *keys: str) -> Table:
+        """Returns the table with these columns, as far as it has them."""
+        return replace(self, columns=tuple(column for column in self.columns if column.key in keys))
 
     def dicts(self) -> list[Row]:
         """Returns the rows for JSON."""
@@ -75,13 +83,17 @@ class Table:
         title = Text(self.title, style="bold")
         titled = any(column.title for column in columns)
         table = RichTable(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, show_header=titled)
+        table.caption, table.caption_justify = Text(self.note) if self.note else None, "left"
         for column in columns:
             # A fixed width breaks the title of a number before it breaks the number; text takes what is left.
             if column.number:
                 table.add_column(Text(column.title), justify="right", width=self._width(column))
             else:
                 table.add_column(Text(column.title), min_width=self._width(column))
-        for row in self.rows:
+        for position, row in enumerate(self.rows):
+            if position in self.groups:
+                table.add_section()
+                table.add_row(Text(self.groups[position], style="italic"))
             table.add_row(*(Text(_cell(column, row)) for column in columns))
         yield table
 
@@ -104,7 +116,10 @@ class Table:
         """Returns the table as Markdown (GitHub's), without its title."""
         lines = ["| " + " | ".join(markdown_text(column.title) for column in self.columns) + " |"]
         lines.append("| " + " | ".join("---:" if column.number else "---" for column in self.columns) + " |")
-        lines += ["| " + " | ".join(markdown_text(cell) for cell in cells) + " |" for cells in self.cells()]
+        for position, cells in enumerate(self.cells()):
+            if position in self.groups:
+                lines.append(f"| *{markdown_text(self.groups[position])}* |" + " |" * (len(self.columns) - 1))
+            lines.append("| " + " | ".join(markdown_text(cell) for cell in cells) + " |")
         return "\n".join(lines) + "\n"
 
 

@@ -66,6 +66,15 @@ def byte_text(number: float | None) -> str:
     return f"{value:.{digits}f} {unit}"
 
 
+def operations(number: float | None) -> str:
+    """Returns a number of floating-point operations in a decimal unit, three digits."""
+    if number is None or not isfinite(number):
+        return NONE
+    units = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
+    size, unit = next(((size, unit) for size, unit in units if number >= size), (1.0, "FLOP"))
+    return f"{number / size:.3g} {unit}" if number < 1e21 else f"{number / size:.0f} {unit}"
+
+
 def duration(seconds: float | None) -> str:
     """Returns a time in seconds, minutes or hours."""
     if seconds is None or not isfinite(seconds):
