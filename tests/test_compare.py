@@ -583,6 +583,20 @@ def test_compare_resume_and_report(command, tiny_settings, tmp_path, monkeypatch
     assert len(shown["methods"]["local"]["points"]) == 2
 
 
+def test_a_file_without_options_is_compared_as_it_stands(command, tiny_settings, tmp_path, monkeypatch):
+    """No option of [compare] on the command line leaves the file's methods, seeds and grid alone."""
+    section = "compare={methods=['slow'],seeds=2,grid={'local.lr'=[0.001]},entries={slow={local={steps=1}}}}"
+    chosen = config.load(None, [*tiny_settings, "variants={}", "run.rounds=1", section])
+    (tmp_path / "tiny.toml").write_text(config.to_toml(chosen))
+    monkeypatch.setattr(execute, "carry_out", lambda ledger, *rest: ledger.write())
+    monkeypatch.setattr(cli, "_print_comparison", lambda *rest: None)
+    assert command("compare", "tiny.toml", "--out", "c", "--quiet")[0] == 0
+    shown = contents(tmp_path / "c")
+    assert shown["labels"] == ["slow", "local", "centralized"]
+    assert shown["seeds"] == [0, 1]
+    assert shown["methods"]["slow"]["points"][0]["point"] == {"local.lr": 0.001}
+
+
 def test_a_failed_cell_is_named_and_the_table_is_there_all_the_same(command, tiny_settings, tmp_path):
     absurd = "compare.entries.absurd={local={lr=1e30,optimizer='sgd',clip_norm=0.0,warmup_rounds=0}}"
     settings = [part for item in [*tiny_settings, "run.rounds=1", absurd] for part in ("--set", item)]

@@ -109,7 +109,9 @@ def compare(
         "reference": reference,
         "grid": compare.parse_grid(grid or ()) or None,
     }
-    options: dict[str, Any] = {"compare": {key: value for key, value in asked.items() if value is not None}}
+    # Without any option there is no table either: an empty one would clear the file's.
+    table = {key: value for key, value in asked.items() if value is not None}
+    options: dict[str, Any] = {"compare": table} if table else {}
     if budget is not None:
         options["run"] = compare.parse_budget(budget)
     chosen = compare.with_options(config.load(experiment, overrides or ()), options)
