@@ -97,10 +97,10 @@ ADDS_THE_MEAN = {
     if getattr(method, "server", None) in (None, ServerOptimizer())
 }
 """Those whose server adds the mean delta as it is."""
-SHRINK = {"flexlora", "florist"}
-"""Those that lose something when nobody trains: what no client of the cohort can hold, or what lies beyond a threshold.
+SHRINK = {"flexlora", "flora-na", "hetlora", "lora-fair", "zero-padding"}
+"""Those that lose something when nobody trains: what only a part of the cohort can hold.
 
-Their own tests say how much (the share of the weight that reaches a rank index).
+Their own tests say how much: rank index j falls to the share of the weight that reaches it, or to its square.
 """
 every_method = pytest.mark.parametrize("method", METHOD_CASES.values(), ids=METHOD_CASES.keys())
 every_default = pytest.mark.parametrize("method", DEFAULTS.values(), ids=DEFAULTS.keys())
@@ -362,6 +362,18 @@ def test_no_local_change_is_a_fixed_point(method):
     still = play(method, world, plan(2), fake_training(0.0))
     for before, after in zip(served(method, world), served(method, still), strict=True):
         assert_same_function(before, after, PRODUCTS)
+
+
+@pytest.mark.parametrize("name", sorted(SHRINK))
+def test_where_it_is_none_the_update_shrinks(name):
+    """If nobody trains, those named in SHRINK serve less than before; in no layer more."""
+    method = DEFAULTS[name]
+    world = trained_world(method)
+    before = method.global_adapter(world.state).layers
+    after = method.global_adapter(play(method, world, plan(2), fake_training(0.0)).state).layers
+    norms = [(pair.delta.norm(), after[layer].delta.norm()) for layer, pair in before.items()]
+    assert all(new <= old * (1 + PRODUCTS) for old, new in norms)
+    assert any(new < 0.99 * old for old, new in norms)
 
 
 @plain_server

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from fslora.rng import Rng
 from fslora.types import Adapter, LoRA, Template, Tensor
 
 
@@ -52,6 +53,19 @@ def rescaled(adapter: Adapter, factor: float) -> Adapter:
     return Adapter(layers, adapter.dense)
 
 
+def completed(part: Adapter, rest: Adapter) -> Adapter:
+    """Returns ``part`` with every factor that has no rows in it taken from ``rest``; all else is that of ``part``."""
+    layers = {
+        name: LoRA(
+            A=pair.A if len(pair.A) else rest.layers[name].A,
+            Bt=pair.Bt if len(pair.Bt) else rest.layers[name].Bt,
+            scale=pair.scale,
+        )
+        for name, pair in part.layers.items()
+    }
+    return Adapter(layers, part.dense)
+
+
 def all_finite(adapter: Adapter) -> bool:
     """Returns whether no tensor holds a NaN or an infinity."""
     return all(bool(torch.isfinite(tensor).all()) for tensor in adapter.tensors().values())
@@ -67,6 +81,33 @@ def initial(template: Template, rank: int, generators: Mapping[str, torch.Genera
     """
     layers = {}
     for name, (d_in, d_out) in template.layers.items():
-        A = (torch.rand(rank, d_in, generator=generators[name]) * 2 - 1) / d_in**0.5
+        A = fresh_rows(rank, d_in, generators[name])
         layers[name] = LoRA(A=A, Bt=torch.zeros(rank, d_out), scale=template.scale(rank))
     return Adapter(layers, {name: tensor.clone() for name, tensor in template.dense.items()})
+
+
+def fresh_rows(rank: int, d_in: int, generator: torch.Generator) -> Tensor:
+    """Returns rows of a fresh A: uniform in ±1/sqrt(d_in)."""
+    A: Tensor = (torch.rand(rank, d_in, generator=generator) * 2 - 1) / d_in**0.5
+    return A
+
+
+def at_scale(pair: LoRA, scale: float) -> LoRA:
+    """Returns the same product at another scale; their ratio goes into B."""
+    return LoRA(pair.A, pair.Bt * (pair.scale / scale), scale)
+
+
+def grown(adapter: Adapter, template: Template, rank: int, rng: Rng) -> Adapter:
+    """Returns the first ``rank`` parts of every layer at that rank's scale, filled up with fresh ones: A drawn, B zero.
+
+    A part whose two factors are zero would have no gradient ever again. Layers that the adapter lacks are fresh; parts
+    of one place and stream are the same whatever ``rank`` is. Dense tensors are the adapter's.
+    """
+    layers, scale = {}, template.scale(rank)
+    for name, (d_in, d_out) in template.layers.items():
+        none = LoRA(torch.zeros(0, d_in), torch.zeros(0, d_out), scale)
+        pair = at_scale(adapter.layers.get(name, none), scale)
+        missing = max(0, rank - pair.rank)
+        A = torch.cat([pair.A[:rank], fresh_rows(missing, d_in, rng.child(name).torch())])
+        layers[name] = LoRA(A, torch.cat([pair.Bt[:rank], torch.zeros(missing, d_out)]), scale)
+    return Adapter(layers, adapter.dense)

@@ -1,1 +1,1 @@
-"""Local training: many clients at once over one frozen base, or one after the other as the oracle."""
+"""What trains clients: many at once over one frozen base, or one after the other as the oracle."""

@@ -6,7 +6,7 @@ an absent client gets what it missed, in order. Where that is more than the sum 
 updates need not be kept: the log never grows beyond the size of the sum, nor that beyond twice the dense weights.
 
 A client adds the updates as they come, leaving out versions that it has (its answer to the last one may have been
-lost), and puts a sum in the place of all it added. Adding as ``changed`` does, it ends with the server's own bits.
+lost), and puts a sum in the place of all it added. Adding with ``summed``, it ends with the server's own bits.
 """
 
 from __future__ import annotations
@@ -30,10 +30,15 @@ def changed(state: ServerState, change: Adapter, travels: Adapter | None = None)
             and the seed is a dense tensor. By default the pairs of ``change``.
     """
     version = version_of(state) + 1
-    old = state.slots.get(SUM)
-    layers = {name: bounded(stacked([old.layers[name], pair]) if old else pair) for name, pair in change.layers.items()}
-    slots = {**state.slots, SUM: Adapter(layers), _slot(version): travels or Adapter(change.layers)}
+    before = state.slots.get(SUM)
+    slots = {**state.slots, SUM: summed(before, change), _slot(version): travels or Adapter(change.layers)}
     return _pruned(replace(state, slots=slots, scalars={**state.scalars, "base_version": version}))
+
+
+def summed(before: Adapter | None, change: Adapter) -> Adapter:
+    """Returns the sum of all changes after one more (``before`` is None at the first), in memory of its own."""
+    pairs = {name: [before.layers[name], pair] if before else [pair] for name, pair in change.layers.items()}
+    return Adapter({name: bounded(stacked(both)) for name, both in pairs.items()})
 
 
 def missed(state: ServerState, client: int) -> tuple[BaseUpdate, ...]:
