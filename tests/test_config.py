@@ -219,7 +219,8 @@ def fields_of(table: BaseModel):
 REFUSED = {
     "unknown section, with the known ones": (
         {"x": {}},
-        r"x: unknown key .*Known here: adapter, compare, data, engine, fleet, local, method, model, partition, run, variants\.",
+        r"x: unknown key .*Known here: adapter, compare, data, engine, fleet, local, method, model, partition, run, "
+        r"variants\.",
     ),
     "unknown section, with a suggestion": ({"fleets": {}}, r"fleets: unknown key .*did you mean 'fleet'\?"),
     "unknown key, with a suggestion": (
@@ -595,3 +596,12 @@ def test_an_empty_table_clears_what_was_there():
     """`--set variants={}` runs the main run alone."""
     assert load(None).variants
     assert load(None, ["variants={}"]).variants == {}
+
+
+def test_a_grid_may_be_written_with_or_without_quotes(tmp_path):
+    """[compare.grid] "local.lr" = [...] and local.lr = [...] are the same grid, and so below compare.grids."""
+    quoted = '[compare.grid]\n"local.lr" = [0.1, 0.2]\n[compare.grids.flora]\n"method.weighting" = ["uniform"]\n'
+    grids = [load(written(tmp_path, text)).compare for text in (quoted, quoted.replace('"local.lr"', "local.lr"))]
+    assert grids[0] == grids[1]
+    assert grids[0].grid == {"local.lr": (0.1, 0.2)}
+    assert load(written(tmp_path, quoted.replace('"method.weighting"', "method.weighting"))).compare == grids[0]

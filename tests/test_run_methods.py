@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fslora import config, runner
-from fslora.errors import ConfigError
+from fslora.errors import ArtifactError, ConfigError
 from fslora.evaluation import evaluate_run, export_run
 from fslora.export import import_peft
 from fslora.methods import METHODS
@@ -160,3 +160,18 @@ def test_the_spectrum_is_recorded_where_the_run_is_evaluated(settings, tmp_path)
         assert shares.sum() == pytest.approx(1.0)
         assert (np.diff(shares) <= 0).all()
         assert row["effective_rank"] == pytest.approx(1 / (shares**2).sum())
+
+
+def test_a_comparison_is_not_taken_for_a_run(tmp_path):
+    """eval and export name one of its runs instead."""
+    cell = tmp_path / "cells" / "fedit" / "point-0" / "seed-0"
+    cell.mkdir(parents=True)
+    (cell / "summary.json").write_text("{}")
+    for name in ("comparison.json", "experiment.toml"):
+        (tmp_path / name).write_text("")
+    for asked in (
+        lambda: evaluate_run(tmp_path, Quiet()),
+        lambda: export_run(tmp_path, tmp_path / "to", None, None, False, None, Quiet()),
+    ):
+        with pytest.raises(ArtifactError, match=r"is a comparison, not a run.*seed-0"):
+            asked()

@@ -307,9 +307,16 @@ class CompareConfig(Section):
 
 
 def _with_tuples(value: Any) -> Any:
+    """A grid with dotted keys, however they were written: TOML reads an unquoted ``local.lr`` as tables."""
     if not isinstance(value, Mapping):
         return value
-    return {key: tuple(entries) if isinstance(entries, list) else entries for key, entries in value.items()}
+    flat: dict[str, Any] = {}
+    for key, entries in value.items():
+        if isinstance(entries, Mapping):
+            flat |= {f"{key}.{rest}": below for rest, below in _with_tuples(entries).items()}
+        else:
+            flat[key] = tuple(entries) if isinstance(entries, list) else entries
+    return flat
 
 
 class Experiment(Section):

@@ -73,7 +73,7 @@ def export_run(
         raise ConfigError("--rank and --energy are both given; give one of them")
     if to.exists():
         raise ArtifactError(f"{to} exists already; name a new folder with --to")
-    folder = RunFolder.open(path)
+    folder = _opened(path)
     newest = folder.load_checkpoint()
     if newest is None and not folder.finished:
         raise ArtifactError(f"{path} holds no checkpoint yet; `fslora resume {path}` goes on with it")
@@ -120,8 +120,15 @@ def _chosen(adapters: list[Adapter], client: int | None, method: str) -> Adapter
     return adapters[client]
 
 
+def _opened(path: Path) -> RunFolder:
+    if (path / "comparison.json").is_file():
+        cells = sorted(str(folder.parent) for folder in path.glob("cells/*/*/*/summary.json"))
+        raise ArtifactError(f"{path} is a comparison, not a run; name one of its runs, e.g. {', '.join(cells[:1])}")
+    return RunFolder.open(path)
+
+
 def _federation(path: Path, stage: Stage) -> Federation:
-    RunFolder.open(path)
+    _opened(path)
     stage.note(f"Preparing data and base of {path} ...")
     return Workshop().federation(load(path / "experiment.toml"))
 
