@@ -280,8 +280,8 @@ class CompareConfig(Section):
     reference: str = Field("fedit", description="The method that the others are compared with, seed by seed.")
     grid: dict[str, tuple[Any, ...]] = Field(
         default_factory=dict,
-        description='Keys and the values to try, e.g. {"local.lr" = [0.0005, 0.0015]}: every combination runs with '
-        "the first seed, and the best on the validation split is kept.",
+        description="Keys and the values to try, e.g. local.lr = [0.0005, 0.0015]: every combination runs with the "
+        "first seed, and the best on the validation split is kept.",
     )
     grids: dict[str, dict[str, tuple[Any, ...]]] = Field(
         default_factory=dict, description="Name → a grid of its own, in the place of the common one."
