@@ -116,6 +116,14 @@ def test_random_subsets_come_round():
             assert {len(index) for index in rows.values()} == {client.rank}
             reached |= {(client.id, name, j) for name, index in rows.items() for j in index.tolist()}
     assert len(reached) == 3 * len(TEMPLATE.layers) * RANK
+    alike = (Client(0, 4, 1), Client(1, 4, 1))
+    drawn = [
+        [tuple(index.tolist()) for index in method.broadcast(state, client, plan(number, (0, 1), alike)).rows.values()]
+        for number in range(5)
+        for client in alike
+    ]
+    assert any(len(set(layers)) > 1 for layers in drawn), "all layers share one draw"
+    assert drawn[0::2] != drawn[1::2], "two clients share one draw"
     assert FFALoRA().broadcast(state, FLEET[0], plan(0)).rows is None
 
 

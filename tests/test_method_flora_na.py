@@ -258,6 +258,16 @@ def test_unequal_ranks_are_filled_up_with_zeros(weighting):
         torch.testing.assert_close(tensor, mean, atol=ROUNDED, rtol=0)
 
 
+def test_clients_count_equally_by_default():
+    """The paper's target is the plain mean over clients: numbers of examples do not matter unless asked for."""
+    world, round = played(FLoRANA(), 1), plan(0)
+    updates = [x.update for x in exchanges(FLoRANA(), world, round)]
+    counted = [replace(update, examples=1 + 7 * update.client) for update in updates]
+    for method, same in ((FLoRANA(), True), (FLoRANA(weighting="examples"), False)):
+        here, there = (method.aggregate(world.state, iter(u), round).adapter.layers["up"].A for u in (updates, counted))
+        assert torch.equal(here, there) == same
+
+
 def test_traffic_is_fedits():
     """Equal ranks: the bytes of FedIT both ways, u and v included, because they stay at the server."""
     method, fedit, round = FLoRANA(), FedIT(rank="server"), plan(1, (0, 1, 2), EQUAL)

@@ -331,6 +331,29 @@ def test_reduces_to_fedit(distance, case):
     assert_same_function(ours.state.adapter, theirs.state.adapter, ROUNDED)
 
 
+def test_the_distance_is_chosen_by_name():
+    """``distance``, ``penalty`` and ``steps`` reach the correction that they name; the three differ."""
+    world, round = (
+        World(play(LoRAFAIR(), begun(LoRAFAIR(), fleet=EQUAL), plan(0, (0, 1, 2), EQUAL)).state),
+        plan(1, (0, 1, 3), EQUAL),
+    )
+    passed = exchanges(LoRAFAIR(), world, round)
+    factors = [x.trained.adapter.layers["up"] for x in passed]
+    examples = [x.site.client.examples for x in passed]
+    shares = [count / sum(examples) for count in examples]
+    mean, found = averaged(factors, shares), []
+    for distance, expected in {
+        "squared": squared_correction(mean, factors, shares, 0.02),
+        "flattened-cosine": cosine_correction(mean, factors, shares, 0.02, 3, False),
+        "column-cosine": cosine_correction(mean, factors, shares, 0.02, 3, True),
+    }.items():
+        method = LoRAFAIR(distance=distance, penalty=0.02, steps=3)
+        Bt = method.aggregate(world.state, iter([x.update for x in passed]), round).adapter.layers["up"].Bt
+        torch.testing.assert_close(Bt, mean.Bt + expected.float(), atol=ROUNDED, rtol=0)
+        found.append(Bt)
+    assert min(float((found[i] - found[j]).abs().max()) for i, j in ((0, 1), (0, 2), (1, 2))) > 20 * ROUNDED
+
+
 def test_an_infinite_penalty_is_fedit_and_the_default_is_not():
     """Test 4 at the method: λ = 1e12 ends as FedIT, factor by factor; the default does not."""
     rounds = plan(0, (0, 1, 2, 3), EQUAL)

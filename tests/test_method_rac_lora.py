@@ -161,12 +161,13 @@ def test_the_first_rows_do_not_depend_on_the_others():
 
 
 def test_gaussian_rows_have_expected_norm_one():
-    """Entries of variance 1 / d: E‖row‖² = 1; they are not orthonormal."""
+    """Entries of variance 1 / d: E‖row‖² = 1; they are not orthonormal, and no more than there are columns."""
     A = draw_factor("gaussian", 400, 800, Rng(0)).double()
     squares = A.square().sum(dim=1)
     # A mean of 400 · 800 squares: standard error √(2 / 320000) = 0.0025.
     assert float(squares.mean()) == pytest.approx(1.0, abs=0.015)
     assert squares.std() > 0.02
+    assert draw_factor("gaussian", 8, 3, Rng(0)).shape == (3, 3)
 
 
 # --- what a round does to W ---

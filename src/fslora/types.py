@@ -77,7 +77,12 @@ class Adapter:
         if factors == "both":
             return self
         layers = {
-            name: LoRA(pair.A[: 0 if factors == "B" else None], pair.Bt[: 0 if factors == "A" else None], pair.scale)
+            name: LoRA(
+                # Not a view: what travels, or is kept, must not hold the other factor's memory.
+                A=pair.A.new_empty(0, pair.A.shape[1]) if factors == "B" else pair.A,
+                Bt=pair.Bt.new_empty(0, pair.Bt.shape[1]) if factors == "A" else pair.Bt,
+                scale=pair.scale,
+            )
             for name, pair in self.layers.items()
         }
         return Adapter(layers, self.dense)

@@ -246,3 +246,21 @@ def bounded(pair: LoRA) -> LoRA:
     if d_in <= d_out:
         return LoRA(torch.eye(d_in, dtype=pair.A.dtype), pair.A.T @ pair.Bt, pair.scale)
     return LoRA(pair.Bt.T @ pair.A, torch.eye(d_out, dtype=pair.Bt.dtype), pair.scale)
+
+
+def without_identity(pair: LoRA) -> LoRA:
+    """Returns the pair as it travels: a factor that is the identity (see ``bounded``) has no rows."""
+    if len(pair.A) == pair.A.shape[1] and torch.equal(pair.A, torch.eye(len(pair.A), dtype=pair.A.dtype)):
+        return LoRA(pair.A.new_empty(0, len(pair.A)), pair.Bt, pair.scale)
+    if len(pair.Bt) == pair.Bt.shape[1] and torch.equal(pair.Bt, torch.eye(len(pair.Bt), dtype=pair.Bt.dtype)):
+        return LoRA(pair.A, pair.Bt.new_empty(0, len(pair.Bt)), pair.scale)
+    return pair
+
+
+def with_identity(pair: LoRA) -> LoRA:
+    """Returns the pair that ``without_identity`` took apart."""
+    if len(pair.A) < len(pair.Bt):
+        return LoRA(torch.eye(pair.A.shape[1], dtype=pair.A.dtype), pair.Bt, pair.scale)
+    if len(pair.Bt) < len(pair.A):
+        return LoRA(pair.A, torch.eye(pair.Bt.shape[1], dtype=pair.Bt.dtype), pair.scale)
+    return pair

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
 from fslora.algebra.adapters import initial, sub
+from fslora.algebra.lowrank import with_identity
 from fslora.rng import Rng
 from fslora.types import (
     Adapter,
@@ -87,9 +88,9 @@ class Method(BaseModel, ABC):
         return state.slots.get("base")
 
     def base_update(self, update: BaseUpdate, template: Template) -> Adapter:
-        """Client, on receipt: the pairs that a message stands for. By default those in it."""
+        """Client, on receipt: the pairs that a message stands for. By default those in it, identities filled in."""
         del template
-        return update.adapter
+        return Adapter({name: with_identity(pair) for name, pair in update.adapter.layers.items()})
 
     def global_adapter(self, state: ServerState) -> Adapter:
         """Server, at any time: what is evaluated and exported, relative to the base before any change."""

@@ -3,7 +3,7 @@
 The sum is kept in factored form (slot ``base``) until somebody asks for merging. Beside it lie the newest single
 updates as they travel (slots ``change.N``), and the version that each client has confirmed by an update of its own:
 an absent client gets what it missed, in order. Where that is more than the sum itself, it gets the sum, and so older
-updates need not be kept: the log never grows beyond the size of the sum, nor that beyond twice the dense weights.
+updates need not be kept: the log never grows beyond the size of the sum, nor what travels beyond the dense weights.
 
 A client adds the updates as they come, leaving out versions that it has (its answer to the last one may have been
 lost), and puts a sum in the place of all it added. Adding with ``summed``, it ends with the server's own bits.
@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from fslora.algebra.lowrank import bounded, stacked
+from fslora.algebra.lowrank import bounded, stacked, without_identity
 from fslora.types import Adapter, BaseUpdate, ServerState
 
 SUM = "base"
@@ -47,7 +47,7 @@ def missed(state: ServerState, client: int) -> tuple[BaseUpdate, ...]:
     wanted = range(seen + 1, version + 1)
     if all(_slot(number) in state.slots for number in wanted):
         return tuple(BaseUpdate(number, state.slots[_slot(number)]) for number in wanted)
-    return (BaseUpdate(version, state.slots[SUM], whole=True),)
+    return (BaseUpdate(version, _travelling(state.slots[SUM]), whole=True),)
 
 
 def confirmed(state: ServerState, clients: Iterable[int]) -> ServerState:
@@ -80,15 +80,19 @@ def merged(state: ServerState) -> Adapter:
 
 
 def _pruned(state: ServerState) -> ServerState:
-    """Drops the oldest updates while all together are larger than their sum: nobody will be sent them."""
+    """Drops the oldest updates while all together are larger than their sum as it travels: nobody is sent them."""
     names = sorted(name for name in state.slots if name.startswith("change."))
-    room, kept = state.slots[SUM].nbytes, set()
+    room, kept = _travelling(state.slots[SUM]).nbytes, set()
     for name in reversed(names):
         room -= state.slots[name].nbytes
         if room < 0:
             break
         kept.add(name)
     return replace(state, slots={n: slot for n, slot in state.slots.items() if n not in names or n in kept})
+
+
+def _travelling(total: Adapter) -> Adapter:
+    return Adapter({name: without_identity(pair) for name, pair in total.layers.items()})
 
 
 def _slot(version: int) -> str:

@@ -18,7 +18,9 @@ pseudo-inverse), so clients that coincide leave it where it was, equal clients a
 it never ends above FedIT. It ends in a stationary point, not in the best pair of the rank, which is the truncated SVD;
 for that the factors stay in the span and the basis of the clients' own.
 
-With t(i, m, j, l) = ⟨B_i A_m, B_j A_l⟩ = ⟨B_iᵀ B_j, A_m A_lᵀ⟩ all of it is arithmetic on the k x k Gram blocks.
+With t(i, m, j, l) = ⟨B_i A_m, B_j A_l⟩ = ⟨B_iᵀ B_j, A_m A_lᵀ⟩ all of it is arithmetic on the k x k Gram blocks: per
+layer 2 M² k² numbers, each of which every sweep reads thrice. For very large cohorts lower ``sweeps``: the first ten
+do most of the work.
 
 The product does not change under (c u, v / c), but the next local steps do: we choose c so that ‖B‖ / ‖A‖ is
 FedIT's, and the sign so that Σ v_i > 0.
@@ -142,6 +144,5 @@ def quadratic(v: Tensor, G: Tensor, H: Tensor, p: Tensor) -> tuple[Tensor, Tenso
         H: Gram blocks of the factor that v mixes.
         p: [m], the weights of the mean product.
     """
-    square = torch.tensordot(torch.outer(v, v), H, 2)  # A Aᵀ
-    cross = torch.tensordot(v, H, 1)  # A A_nᵀ
-    return G @ square, torch.tensordot(G, p[:, None] * cross, 2)
+    cross = torch.tensordot(v, H, 1)  # A A_nᵀ, for every n
+    return G @ (v @ cross), torch.tensordot(G, p[:, None] * cross, 2)

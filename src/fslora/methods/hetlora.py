@@ -134,7 +134,7 @@ class HetLoRA(Method):
 
     def _kept(self, rank: int) -> int:
         # 0.29 · 100 is a little below 29 in floating point.
-        return min(rank, max(self.r_min, int(self.gamma * rank + 1e-9)))
+        return max(self.r_min, int(self.gamma * rank + 1e-9))
 
     def _tail(self, adapter: Adapter) -> Tensor:
         kept, norm = self._kept(_rank(adapter)), torch.linalg.vector_norm

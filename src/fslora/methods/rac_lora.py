@@ -100,7 +100,7 @@ class RACLoRA(Method):
     def base_update(self, update: BaseUpdate, template: Template) -> Adapter:
         """Returns a change with its random factor drawn again; a sum of changes is complete as it is."""
         if update.whole:
-            return update.adapter
+            return super().base_update(update, template)
         return completed(Adapter(update.adapter.layers), Adapter(self._pairs(update.adapter.dense["seed"], template)))
 
     def global_adapter(self, state: ServerState) -> Adapter:

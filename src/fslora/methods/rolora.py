@@ -73,7 +73,7 @@ class RoLoRA(Method):
         """Returns the client's parts of what it does not have, and which factor is trained."""
         rounds = state.scalars.get("rounds", 0.0)
         trains: Factors = "A" if rounds % 2 else "B"
-        present = rounds > 0 and state.scalars.get(_answered(client.id)) == rounds
+        present = state.scalars.get(_answered(client.id)) == rounds
         part = leading(state.adapter, client.rank).only(OTHER[trains] if present else "both")
         return Broadcast(part, extras={"trains_A": torch.tensor(trains == "A")})
 
