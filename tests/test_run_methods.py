@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -175,3 +176,13 @@ def test_a_comparison_is_not_taken_for_a_run(tmp_path):
     ):
         with pytest.raises(ArtifactError, match=r"is a comparison, not a run.*seed-0"):
             asked()
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system cannot forget a peak")
+def test_a_runs_peak_memory_is_its_own():
+    """What a process held before is not charged to the next run."""
+    held = torch.ones(2**26)  # 256 MiB
+    before = runner.peak_memory()
+    del held
+    runner.forget_peak_memory()
+    assert runner.peak_memory() < before - 2**27

@@ -153,6 +153,7 @@ def run_cell(
     Raises:
         FsloraError: Anything that makes this run impossible or fail.
     """
+    forget_peak_memory()
     federation = workshop.federation(experiment)
     folder.write_text("experiment.toml", to_toml(experiment))
     folder.write_json("data.json", federation.sites.describe(federation.truncated))
@@ -327,6 +328,12 @@ def peak_memory() -> int:
     except (OSError, StopIteration):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+
+def forget_peak_memory() -> None:
+    """Lets ``peak_memory`` begin anew, so that a run is not charged with those before it; where the system can."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def environment() -> Mapping[str, Any]:
