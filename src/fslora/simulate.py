@@ -69,7 +69,7 @@ class Tally:
     flops: dict[int, float] = field(default_factory=dict)
     memory: dict[int, int] = field(default_factory=dict)
     coverage: torch.Tensor | None = None
-    """int64 [layers r]: how many clients hold each rank-one part; None when all hold all."""
+    """int64 [layers r]: how many clients hold each rank-one part; None where the method draws no index sets."""
     server_seconds: float = 0.0
     """Time in the method's own server steps, without the training that they wait for."""
 

@@ -46,6 +46,9 @@ class SequentialEngine:
             loss = functional.cross_entropy(logits.float(), batch["labels"].to(logits.device))
             penalty = start.penalty(start.adapter.with_tensors(tensors)) if start.penalty else 0.0
             (loss + penalty).backward()  # type: ignore[no-untyped-call]
+            for leaf in leaves.values():
+                if leaf.grad is None:  # a layer that the model never ran: no gradient is a gradient of zero
+                    leaf.grad = torch.zeros_like(leaf)
             if start.measures_sensitivity:
                 for name in start.adapter.layers:
                     measured[name] = measured.get(name, 0.0) + sensitivity(leaves, name) / len(problem.batches)
@@ -71,6 +74,10 @@ class SequentialEngine:
 
 def sensitivity(leaves: dict[str, Tensor], layer: str) -> Tensor:
     """Returns mean |w · gradient| over the trained entries of each rank-one part of a layer, [k]."""
-    factors = [leaves[key] for key in (f"{layer}:A", f"{layer}:Bt") if key in leaves]
-    moved = [(w.detach() * w.grad).abs() for w in factors if w.grad is not None]
+    moved = []
+    for key in (f"{layer}:A", f"{layer}:Bt"):
+        if key in leaves:
+            gradient = leaves[key].grad
+            assert gradient is not None
+            moved.append((leaves[key].detach() * gradient).abs())
     return torch.cat(moved, dim=1).mean(dim=1).cpu()
