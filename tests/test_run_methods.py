@@ -143,6 +143,7 @@ def test_pooled_data_is_one_client_with_everything(settings, tmp_path):
     runner.start(experiment, tmp_path / "run", Quiet())
     rows = RunFolder.open(tmp_path / "run").metrics()
     assert [row["clients"] for row in rows[1:]] == [[0]] * 3
+    assert rows[-1]["bytes_total"] == 0  # nothing travels where all is in one place
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert len(summary["clients"]) == 6
     assert (tmp_path / "run" / "report.html").is_file()

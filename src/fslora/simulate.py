@@ -200,6 +200,8 @@ class Simulation:
                 pending[client.id] = broadcast, start, site
                 problem = self.problem(client, start, plan)
                 tally.sent(client, broadcast, self.experiment.adapter.rank)
+                if self.experiment.fleet.pooled:
+                    tally.bytes_down[client.id] = 0  # the data are where the server is
                 tally.ranks[client.id] = max((pair.rank for pair in start.adapter.layers.values()), default=0)
                 tally.flops[client.id] = client_flops(self.federation.base, start, problem.batches)
                 tally.memory[client.id] = client_memory(start, site.memory, self.experiment.local)
@@ -209,7 +211,7 @@ class Simulation:
             broadcast, start, site = pending.pop(trained.client)
             self.watcher.client_done(trained.losses[-1])
             update = self.method.client_update(broadcast, start, trained, site)
-            tally.bytes_up[trained.client] = update.nbytes
+            tally.bytes_up[trained.client] = 0 if self.experiment.fleet.pooled else update.nbytes
             reason = refusal(update, trained)
             if reason:
                 tally.dropped[trained.client] = reason
