@@ -40,7 +40,7 @@ class Worker:
         """Returns a new worker. It has a session of its own: a terminal's Ctrl-C is for the parent alone."""
         complaints = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (closed by stop)
         process = subprocess.Popen(
-            [sys.executable, "-m", "fslora.compare.worker"],
+            [sys.executable, "-c", "from fslora.compare.worker import main; main()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=complaints,

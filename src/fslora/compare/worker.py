@@ -1,4 +1,4 @@
-"""One cell after the other, in a process of its own: ``python -m fslora.compare.worker``.
+"""One cell after the other, in a process of its own (see `fslora.compare.crew`).
 
 A line of JSON on standard input asks for a cell ({"folder", "experiment" as TOML}); a line on standard output answers
 it ({"error"}). Base and tokens are kept from cell to cell. The process ends with its input, at once: no worker outlives
@@ -92,7 +92,3 @@ def _listen(requests: SimpleQueue[str]) -> None:
     for line in sys.stdin:
         requests.put(line)
     os._exit(0)
-
-
-if __name__ == "__main__":
-    main()

@@ -11,7 +11,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from fslora.report.comparison_looks import Look, Tag, beyond, byte_axis, end_labels, focus, point_labels
+from fslora.report.comparison_looks import (
+    Look,
+    Tag,
+    beyond,
+    byte_axis,
+    end_labels,
+    focus,
+    point_labels,
+    sending,
+)
 from fslora.report.comparison_results import MethodResult, ranked
 from fslora.report.read import RoundRow, RunRecord
 from fslora.report.style import round_axis, score, styled
@@ -84,10 +93,11 @@ def rounds_figure(entries: Sequence[MethodResult], looks: Looks) -> Figure | Non
 
 @styled
 def traffic_figure(entries: Sequence[MethodResult], looks: Looks) -> Figure | None:
-    """Returns validation accuracy by bytes sent, of all that send some; None before the first result."""
+    """Returns validation accuracy by bytes sent, of all that send more than next to nothing; None without any."""
     curves = _curves(entries, lambda row: score(row.validation, "accuracy"), _sent)
     # What was measured before anything was sent has no place on a logarithmic axis.
-    curves = {name: _from_first_byte(curve) for name, curve in curves.items() if curve.x[-1] > 0}
+    talkers = sending({name: curve.x[-1] for name, curve in curves.items()})
+    curves = {name: _from_first_byte(curve) for name, curve in curves.items() if name in talkers}
     if not curves:
         return None
     figure, axes = _panel(5.0)

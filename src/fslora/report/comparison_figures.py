@@ -52,7 +52,11 @@ def _difference(reference: str, several: bool) -> str:
 
 
 def _curves(several: bool, pale: bool, *, traffic: bool = False) -> str:
-    end = "Further left is the same accuracy for less traffic; what sends nothing is left out. " if traffic else ""
+    end = (
+        "Further left is the same accuracy for less traffic; what sends next to nothing is left out. "
+        if traffic
+        else ""
+    )
     band = "Mean over seeds; bands reach from the lowest to the highest seed. " if several else ""
     return f"{end}{band}An arrow is beside a value beyond the panel.{_pale(pale)}"
 

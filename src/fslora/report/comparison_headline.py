@@ -8,6 +8,7 @@ from fslora.report.comparison import ComparisonRecord
 from fslora.report.comparison_results import MethodResult, leaders, paired
 from fslora.report.comparison_tables import problems, size_text
 from fslora.report.headline import Headline, Tile
+from fslora.report.read import DataRecord
 from fslora.report.text import count, counted, percent, plain, points, span
 
 
@@ -29,8 +30,13 @@ def _what(comparison: ComparisonRecord, entries: Sequence[MethodResult]) -> str:
     return (
         f"{size_text(entries)} on the same data and clients with {counted(len(comparison.seeds), 'seed')}; the budget "
         f"of every method is {comparison.budget.text()}, the reference {plain(comparison.reference)}."
-        f"{f' Data: {plain(data.name)}.' if data else ''}{fleet}"
+        f"{f' Data: {_data_text(data)}.' if data else ''}{fleet}"
     )
+
+
+def _data_text(data: DataRecord) -> str:
+    source = data.statistics.get("source")
+    return f"{plain(data.name)} ({plain(source)})" if source else plain(data.name)
 
 
 def _result(comparison: ComparisonRecord, entries: Sequence[MethodResult]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import cos, radians, sin
@@ -111,6 +111,12 @@ def method_looks(entries: Sequence[MethodResult]) -> dict[str, Look]:
 def crowded(looks: dict[str, Look]) -> bool:
     """Returns whether some methods are drawn pale."""
     return not all(look.strong for look in looks.values())
+
+
+def sending(amounts: Mapping[str, float | None]) -> set[str]:
+    """Returns who sends more than next to nothing (a seed, say): a thousandth of what the most talkative sends."""
+    most = max((amount for amount in amounts.values() if amount), default=0.0)
+    return {label for label, amount in amounts.items() if amount and amount > most / 1000}
 
 
 def byte_axis(axes: Axes, amounts: Sequence[float]) -> bool:

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, PercentFormatter
 
-from fslora.report.comparison_looks import Look, Tag, beyond, byte_axis, focus, point_labels
+from fslora.report.comparison_looks import Look, Tag, beyond, byte_axis, focus, point_labels, sending
 from fslora.report.comparison_results import MethodResult, ranked, undominated
 from fslora.report.read import RunRecord
 from fslora.report.style import INK, MUTED, styled
@@ -28,7 +28,8 @@ _ACROSS = 5
 def pareto_figure(entries: Sequence[MethodResult], looks: Looks) -> Figure | None:
     """Returns test accuracy by bytes sent, with the methods that none beats in both; None before the first result."""
     scored = [entry for entry in entries if entry.test.mean is not None]
-    placed = [entry for entry in scored if entry.traffic.mean]
+    talkers = sending({entry.label: entry.traffic.mean for entry in scored})
+    placed = [entry for entry in scored if entry.label in talkers]
     if not placed:
         return None
     figure = Figure(figsize=(10, 5.4))
@@ -42,7 +43,7 @@ def pareto_figure(entries: Sequence[MethodResult], looks: Looks) -> Figure | Non
     ends = [(entry.traffic.mean or 0.0, entry.test.mean or 0.0) for entry in front]
     if ends:
         axes.plot(*zip(*ends, strict=True), color=MUTED, linewidth=1.2, drawstyle="steps-post", zorder=1.8)
-    tags += [_level(axes, entry, looks[entry.label], limits) for entry in scored if entry.traffic.mean == 0]
+    tags += [_level(axes, entry, looks[entry.label], limits) for entry in scored if entry.label not in talkers]
     axes.set(xlabel="sent in the whole run, down and up, all clients", ylabel="test accuracy")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     point_labels(figure, axes, tags)
@@ -103,8 +104,8 @@ def _mark(axes: Axes, entry: MethodResult, look: Look, limits: tuple[float, floa
 
 
 def _level(axes: Axes, entry: MethodResult, look: Look, limits: tuple[float, float]) -> Tag:
-    """Draws a method that sends nothing, such as training on pooled data, as a level; returns its label."""
-    level, name = entry.test.mean or 0.0, f"{look.name} (sends nothing)"
+    """Draws a method that sends (next to) nothing, such as training on pooled data, as a level; returns its label."""
+    level, name = entry.test.mean or 0.0, f"{look.name} (sends {'next to ' if entry.traffic.mean else ''}nothing)"
     outside = beyond(level, limits)
     if outside:
         name = f"{name}, {percent(level)} {outside[1]}"

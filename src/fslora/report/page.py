@@ -33,6 +33,8 @@ from fslora.report.text import count, markdown_text, plain
 
 _SVG_LIMIT = 300_000
 """Bytes above which a figure is embedded as PNG where that is smaller: a large fleet has many marks."""
+_SHORT = 24
+"""Characters up to which a column of text keeps to one line."""
 _OPEN_ROWS = 12
 """Rows up to which a table is shown unfolded."""
 Files = dict[str, dict[str, bytes]]
@@ -212,11 +214,15 @@ def titled_table(table: Table, *, folded: bool | None = None) -> str:
 
 def drawn_table(table: Table) -> str:
     """Returns a table without its title."""
-    classes = [' class="number"' if column.number else "" for column in table.columns]
+    shown = table.cells()
+    classes = [
+        ' class="number"' if column.number else ' class="short"' if all(len(row[c]) <= _SHORT for row in shown) else ""
+        for c, column in enumerate(table.columns)
+    ]
     columns = zip(table.columns, classes, strict=True)
     titles = "".join(f'<th scope="col"{kind}>{escape(column.title)}</th>' for column, kind in columns)
     top = f"<thead><tr>{titles}</tr></thead>" if any(column.title for column in table.columns) else ""
-    rows = "\n".join(_group(table, position) + _row(cells, classes) for position, cells in enumerate(table.cells()))
+    rows = "\n".join(_group(table, position) + _row(cells, classes) for position, cells in enumerate(shown))
     return f'<div class="scroll"><table>{top}<tbody>\n{rows}\n</tbody></table></div>'
 
 
