@@ -251,7 +251,7 @@ def test_ranks_fall_by_floor_and_never_rise(gamma, r_min):
 def test_floor_is_exact_and_no_tail_is_empty():
     """floor(0.29 · 100) = 29 (round-off says 28.99); with γ = 0.99 every rank has a tail, where round() empties it."""
     for gamma, rank, kept in ((0.29, 100, 29), (0.99, 100, 99), (0.99, 8, 7), (0.7, 10, 7), (0.99, 1, 1)):
-        method = HetLoRA(gamma=gamma)
+        method = HetLoRA(gamma=gamma, r_min=1)
         pair = LoRA(torch.randn(rank, 3, generator=Rng(0).torch()), torch.ones(rank, 2), 1.0)
         fleet = (Client(0, rank, 1),)
         world = World(ServerState(Adapter({"up": pair}), {}, {"rank.0": float(rank)}))
@@ -261,7 +261,7 @@ def test_floor_is_exact_and_no_tail_is_empty():
 
 def test_pruning_lowers_what_travels_from_the_same_round_on():
     """Up max(1, r_k - 1)(d_in + d_out) · 4 bytes at γ = 0.99 and one integer; down as much in the next round."""
-    method = HetLoRA()
+    method = HetLoRA(r_min=1)
     world = alive(begun(method))
     first = exchanges(method, world, plan(0), shrinking)
     second = exchanges(method, ended(method, world, plan(0), first), plan(1, (0, 1, 2, 3, 4, 5)))
@@ -278,7 +278,7 @@ def test_pruning_lowers_what_travels_from_the_same_round_on():
 
 def test_a_client_whose_update_is_lost_keeps_its_rank():
     """The server learns of a new rank by the update alone; the client is told by the rows that it gets."""
-    method = HetLoRA()
+    method = HetLoRA(r_min=1)
     world = alive(begun(method))
     passed = exchanges(method, world, plan(0), shrinking)
     after = ended(method, world, plan(0), passed[:4] + passed[5:])
@@ -287,7 +287,7 @@ def test_a_client_whose_update_is_lost_keeps_its_rank():
 
 def test_what_all_have_pruned_is_gone_and_what_the_absent_hold_is_kept():
     """Parts above every client's rank become zero; parts of strong clients that sat out the round keep their bits."""
-    method = HetLoRA()
+    method = HetLoRA(r_min=1)
     world = alive(begun(method))
     absent = play(method, world, plan(0, (0, 1, 2)), shrinking).state.adapter
     assert torch.equal(absent.layers["up"].A[4:], world.state.adapter.layers["up"].A[4:])
@@ -319,7 +319,7 @@ def test_without_pruning_ranks_are_the_fleets():
 @given(st.integers(2, 8), st.floats(0.05, 0.95), st.integers(0, 99))
 def test_the_penalty_is_the_tails_norms(rank, gamma, seed):
     """λ Σ_layers ‖B[:, m:]‖ ‖A[m:, :]‖ with m = max(1, floor(γ r)); its gradient agrees with finite differences."""
-    method = HetLoRA(gamma=gamma, penalty=0.25)
+    method = HetLoRA(gamma=gamma, penalty=0.25, r_min=1)
     stream = Rng(seed).torch()
     tensors = {
         name: LoRA(
@@ -348,7 +348,7 @@ def test_the_penalty_is_the_tails_norms(rank, gamma, seed):
 
 def test_the_penalty_is_harmless_where_b_is_zero():
     """At the start B = 0: the penalty is 0 and its gradient 0, not NaN, in both factors; λ = 0 leaves no penalty."""
-    (exchange,) = exchanges(HetLoRA(penalty=1.0), begun(HetLoRA()), plan(0, (3,)))
+    (exchange,) = exchanges(HetLoRA(penalty=1.0, r_min=1), begun(HetLoRA()), plan(0, (3,)))
     leaves = {name: t.clone().requires_grad_() for name, t in exchange.start.adapter.tensors().items()}
     value = exchange.start.penalty(exchange.start.adapter.with_tensors(leaves))
     value.backward()
@@ -376,7 +376,7 @@ def test_under_a_strong_penalty_clients_prune_themselves(tiny_base, engine):
 
     ranks = {}
     for penalty in (0.0, 10.0):
-        method = HetLoRA(gamma=0.5, penalty=penalty)
+        method = HetLoRA(gamma=0.5, penalty=penalty, r_min=1)
         world = begun(method, template=template, fleet=fleet)
         for number in range(2):
             world = play(method, world, plan(number, (0, 1, 2), fleet, template), train)

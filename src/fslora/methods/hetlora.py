@@ -23,8 +23,9 @@ What the notes leave open, and what we do:
 - Where every ‖B_k A_k‖ of a layer is zero, clients count equally there.
 - A part that nobody holds in a round keeps its value, since one whose two factors are zero has no gradient ever again;
   parts that every client of the fleet has pruned become zero, as in the paper.
-- Parts that r_min keeps from being pruned are not penalised. λ and γ are quoted from memory in the notes that we
-  have; r_min is ours. In the first round B is zero before training, so nobody prunes.
+- Parts that r_min keeps from being pruned are not penalised. λ, γ and r_min = 5 are from memory in the notes that
+  we have. With floor and γ = 0.99 every pruning takes at least one part, so that r_min = 1 ends at rank 1. In the first
+  round B is zero before training, so nobody prunes.
 - Clients send differences, the server adds them to what it sent; the numbers are those of the paper.
 
 Public re-implementations take round(γ r_k), which empties the tail of every rank below 50 at γ = 0.99, never prune,
@@ -84,7 +85,7 @@ class HetLoRA(Method):
     prune: bool = Field(True, description="Whether clients lower their rank when training made their tail smaller.")
     gamma: float = Field(0.99, gt=0, lt=1, description="Share of its rank that a client keeps; the rest is its tail.")
     penalty: float = Field(5e-4, ge=0, description="Weight of the tail's norm in the client's loss.")
-    r_min: int = Field(1, ge=1, description="No client prunes itself below this rank.")
+    r_min: int = Field(5, ge=1, description="No client prunes itself below this rank.")
 
     def init(self, template: Template, fleet: Sequence[Client], rng: Rng) -> ServerState:
         """Returns a fresh adapter, and every client's rank where ranks can change."""
