@@ -80,7 +80,7 @@ def export_run(
     federation = _federation(path, stage)
     rounds, adapters = _served(federation, *newest) if newest else (folder.rounds_done, read_adapters(path / "adapter"))
     adapter = _chosen(adapters, client, federation.experiment.method.name)
-    full = max(pair.rank for pair in adapter.layers.values())
+    full = adapter.rank
     if rank is not None and rank > full:
         raise ConfigError(f"--rank is {rank}, but the adapter has rank {full}; give a lower one")
     kept = 1.0

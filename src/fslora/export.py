@@ -150,7 +150,7 @@ def lower_rank(adapter: Adapter, rank: int) -> tuple[Adapter, float]:
 
 def rank_for_energy(adapter: Adapter, energy: float) -> int:
     """Returns the smallest rank that keeps at least this share of energy on average over the layers."""
-    low, high = 1, max(pair.rank for pair in adapter.layers.values())
+    low, high = 1, adapter.rank
     while low < high:
         middle = (low + high) // 2
         if lower_rank(adapter, middle)[1] >= energy:

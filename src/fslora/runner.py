@@ -276,7 +276,7 @@ def _summary(simulation: Simulation, adapters: Sequence[Adapter], before: Scored
         "server_bytes": max(row["server_bytes"] for row in rows),
         "client_memory_bytes": max(max(row["client_memory"].values()) for row in rows),
         "peak_memory_bytes": peak_memory(),
-        "adapter_rank": max(pair.rank for pair in adapters[0].layers.values()),
+        "adapter_rank": adapters[0].rank,
         "adapter_parameters": sum(tensor.numel() for tensor in adapters[0].tensors().values()),
         "base_parameters": federation.base.parameters,
     }

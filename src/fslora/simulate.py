@@ -202,7 +202,7 @@ class Simulation:
                 tally.sent(client, broadcast, self.experiment.adapter.rank)
                 if self.experiment.fleet.pooled:
                     tally.bytes_down[client.id] = 0  # the data are where the server is
-                tally.ranks[client.id] = max((pair.rank for pair in start.adapter.layers.values()), default=0)
+                tally.ranks[client.id] = start.adapter.rank
                 tally.flops[client.id] = client_flops(self.federation.base, start, problem.batches)
                 tally.memory[client.id] = client_memory(start, site.memory, self.experiment.local)
                 yield problem

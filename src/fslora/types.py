@@ -22,6 +22,8 @@ Rows = Mapping[str, Tensor]
 """Layer name → int32 [k], strictly increasing: which of the server's r rank-one parts a client holds."""
 Factors = Literal["both", "A", "B"]
 """Which factors of a pair are trained, or travel."""
+Weighting = Literal["uniform", "examples"]
+"""How clients count in a mean: equally, or by their numbers of examples."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,11 @@ class Adapter:
         """Returns the adapter of these layers and scales that holds other tensors, named as ``tensors`` names them."""
         layers = {name: LoRA(named[f"{name}:A"], named[f"{name}:Bt"], pair.scale) for name, pair in self.layers.items()}
         return Adapter(layers, {name: named[f"{name}:dense"] for name in self.dense})
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of its layers; 0 without any."""
+        return max((pair.rank for pair in self.layers.values()), default=0)
 
     def only(self, factors: Factors) -> Adapter:
         """Returns the part of it that travels: the other factor's rows are left out, dense tensors stay."""
@@ -189,6 +196,10 @@ class ClientUpdate:
     def nbytes(self) -> int:
         """Bytes up: every tensor that travels, index sets included."""
         return self.adapter.nbytes + _nbytes(self.rows) + _nbytes(self.extras)
+
+    def weight(self, weighting: Weighting) -> float:
+        """Returns how much this update counts in a mean."""
+        return 1.0 if weighting == "uniform" else float(self.examples)
 
 
 @dataclass(frozen=True)

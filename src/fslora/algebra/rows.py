@@ -45,7 +45,7 @@ def zero_filled(old: Adapter, deltas: Sequence[Adapter]) -> list[Adapter]:
 
     That is the largest client's; the parts that a smaller one does not hold are zero in both factors.
     """
-    ranks = [next(iter(delta.layers.values())).rank for delta in deltas]
+    ranks = [delta.rank for delta in deltas]
     return [padded(add(leading(old, rank), delta), max(ranks)) for rank, delta in zip(ranks, deltas, strict=True)]
 
 

@@ -66,5 +66,5 @@ class FedPLoRA(Method):
         """Returns the state after adding every module's mean difference over those who trained it."""
         total = ScatterMean(state.adapter)
         for update in updates:
-            total.add(update.adapter, update.rows, 1.0 if self.weighting == "uniform" else update.examples)
+            total.add(update.adapter, update.rows, update.weight(self.weighting))
         return replace(state, adapter=add(state.adapter, total.mean("holders")))

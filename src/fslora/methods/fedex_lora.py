@@ -77,7 +77,7 @@ class FedExLoRA(Method):
     def aggregate(self, state: ServerState, updates: Iterator[ClientUpdate], round: Round) -> ServerState:
         """Returns the state after the mean of the factors, with the residual of their product in the base."""
         sent = list(updates)
-        weights = [1.0 if self.weighting == "uniform" else update.examples for update in sent]
+        weights = [update.weight(self.weighting) for update in sent]
         total = ScatterMean(state.adapter)
         for update, weight in zip(sent, weights, strict=True):
             total.add(update.adapter, None, weight)

@@ -64,5 +64,5 @@ class FedIT(Method):
         """Returns the state after adding the weighted mean of the deltas."""
         total = ScatterMean(state.adapter)
         for update in updates:
-            total.add(update.adapter, None, 1.0 if self.weighting == "uniform" else update.examples)
+            total.add(update.adapter, None, update.weight(self.weighting))
         return server_step(state, total.mean("cohort"), self.server)

@@ -87,7 +87,7 @@ class FedSALoRA(Method):
         """Returns the state after adding the mean change of A, each row's over its holders."""
         total = ScatterMean(state.adapter)
         for update in updates:
-            total.add(update.adapter, None, 1.0 if self.weighting == "uniform" else update.examples)
+            total.add(update.adapter, None, update.weight(self.weighting))
         return replace(state, adapter=add(state.adapter, total.mean("holders")))
 
     def client_adapter(self, state: ServerState, site: Site) -> Adapter:

@@ -78,7 +78,7 @@ class FFALoRA(Method):
         """Returns the state after adding the mean change of B and of the head."""
         total = ScatterMean(state.adapter)
         for update in updates:
-            total.add(update.adapter, update.rows, 1.0 if self.weighting == "uniform" else update.examples)
+            total.add(update.adapter, update.rows, update.weight(self.weighting))
         return replace(state, adapter=add(state.adapter, total.mean(self.average)))
 
     def _rows(self, client: Client, round: Round) -> Rows | None:

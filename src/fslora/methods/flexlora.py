@@ -67,7 +67,7 @@ class FlexLoRA(Method):
     def aggregate(self, state: ServerState, updates: Iterator[ClientUpdate], round: Round) -> ServerState:
         """Returns the state with the SVD of the mean product."""
         sent = list(updates)
-        weights = [1.0 if self.weighting == "uniform" else update.examples for update in sent]
+        weights = [update.weight(self.weighting) for update in sent]
         mean = mean_product([update.adapter for update in sent], weights)
         rank = round.template.rank if self.keep == "server" else None
         adapter, error = decomposed(mean, rank, round.template.scale(round.template.rank), round.rng.child("svd"))

@@ -73,7 +73,7 @@ class FLoRA(Method):
     def aggregate(self, state: ServerState, updates: Iterator[ClientUpdate], round: Round) -> ServerState:
         """Returns the state after adding the stack to the base and the mean change to the head."""
         sent = list(updates)
-        counts = [1.0 if self.weighting == "uniform" else update.examples for update in sent]
+        counts = [update.weight(self.weighting) for update in sent]
         shares = [count / sum(counts) for count in counts]
         stack = {name: stacked([u.adapter.layers[name] for u in sent], shares) for name in round.template.layers}
         head = ScatterMean(Adapter({}, state.adapter.dense))

@@ -81,7 +81,7 @@ class FLoRIST(Method):
     def aggregate(self, state: ServerState, updates: Iterator[ClientUpdate], round: Round) -> ServerState:
         """Returns the state with the leading part of the mean product, carried on or added to the base."""
         sent = list(updates)
-        weights = [1.0 if self.weighting == "uniform" else update.examples for update in sent]
+        weights = [update.weight(self.weighting) for update in sent]
         mean = mean_product([update.adapter for update in sent], weights)
         scale, pairs = round.template.scale(round.template.rank), {}
         for name, pair in mean.layers.items():

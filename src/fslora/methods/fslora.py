@@ -60,7 +60,7 @@ class FSLoRA(Method):
 
     def broadcast(self, state: ServerState, client: Client, round: Round) -> Broadcast:
         """Returns the client's random submatrices, scaled so that their expectation is the global layer."""
-        rank = next(iter(state.adapter.layers.values())).rank
+        rank = state.adapter.rank
         rows = self._rows(tuple(state.adapter.layers), rank, client, round)
         return Broadcast(rescaled(take(state.adapter, rows), rank / client.rank), rows)
 
@@ -68,7 +68,7 @@ class FSLoRA(Method):
         """Returns the state after adding the mean of the scattered deltas."""
         total = ScatterMean(state.adapter)
         for update in updates:
-            total.add(update.adapter, update.rows, 1.0 if self.weighting == "uniform" else update.examples)
+            total.add(update.adapter, update.rows, update.weight(self.weighting))
         return server_step(state, total.mean(self.average), self.server)
 
     def _rows(self, layers: tuple[str, ...], rank: int, client: Client, round: Round) -> Rows:

@@ -105,7 +105,7 @@ class HAFLLoRA(Method):
         blank = columns({name: torch.zeros(pair.rank) for name, pair in state.adapter.layers.items()})
         scores = ScatterMean(blank)
         for update in updates:
-            weight = 1.0 if self.weighting == "uniform" else update.examples
+            weight = update.weight(self.weighting)
             total.add(update.adapter, update.rows, weight)
             scores.add(columns(update.extras), update.rows, weight)
         old, new = state.slots.get("importance", blank), scores.mean("holders")

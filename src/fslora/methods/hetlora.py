@@ -105,7 +105,7 @@ class HetLoRA(Method):
         update = super().client_update(broadcast, start, trained, site)
         if not self.prune:
             return update
-        rank = _rank(start.adapter)
+        rank = start.adapter.rank
         if self._tail(trained.adapter) < self._tail(start.adapter):
             rank = self._kept(rank)
         extras = {"rank": torch.tensor([rank], dtype=torch.int32)}
@@ -115,19 +115,19 @@ class HetLoRA(Method):
         """Returns the state after the weighted mean of the padded factors, with the clients' new ranks."""
         total, ranks = ScatterMean(state.adapter), dict(state.scalars)
         for update in updates:
-            weight = 1.0 if self.weighting == "uniform" else update.examples
+            weight = 1.0 if self.weighting == "uniform" else float(update.examples)
             total.add(update.adapter, None, weight, self._norms(state, update))
             if self.prune:
                 ranks[_key(update.client)] = float(update.extras["rank"].item())
         adapter = zero_padded(state.adapter, total, self.average)
         if self.prune:
-            adapter = padded(leading(adapter, int(max(ranks.values()))), _rank(adapter))
+            adapter = padded(leading(adapter, int(max(ranks.values()))), adapter.rank)
         return replace(state, adapter=adapter, scalars=ranks)
 
     def _norms(self, state: ServerState, update: ClientUpdate) -> dict[str, float] | None:
         if self.weighting != "frobenius":
             return None
-        trained = add(leading(state.adapter, _rank(update.adapter)), update.adapter)
+        trained = add(leading(state.adapter, update.adapter.rank), update.adapter)
         norms = {name: product_norm(pair) for name, pair in trained.layers.items()}
         if self.norm == "adapter":
             norms = dict.fromkeys(norms, sum(norm**2 for norm in norms.values()) ** 0.5)
@@ -138,16 +138,12 @@ class HetLoRA(Method):
         return max(self.r_min, int(self.gamma * rank + 1e-9))
 
     def _tail(self, adapter: Adapter) -> Tensor:
-        kept, norm = self._kept(_rank(adapter)), torch.linalg.vector_norm
+        kept, norm = self._kept(adapter.rank), torch.linalg.vector_norm
         tails = [norm(pair.Bt[kept:]) * norm(pair.A[kept:]) for pair in adapter.layers.values()]
         return torch.stack(tails).sum()
 
     def _penalty(self, adapter: Adapter) -> Tensor:
         return self.penalty * self._tail(adapter)
-
-
-def _rank(adapter: Adapter) -> int:
-    return next(iter(adapter.layers.values())).rank
 
 
 def _key(client: int) -> str:

@@ -76,7 +76,7 @@ class LoRAFAIR(Method):
     def aggregate(self, state: ServerState, updates: Iterator[ClientUpdate], round: Round) -> ServerState:
         """Returns the state with the mean factors, B corrected layer by layer, and the mean dense tensors."""
         arrived = list(updates)
-        weights = [1.0 if self.weighting == "uniform" else update.examples for update in arrived]
+        weights = [update.weight(self.weighting) for update in arrived]
         shares = [weight / sum(weights) for weight in weights]
         deltas = ScatterMean(state.adapter)
         for update, weight in zip(arrived, weights, strict=True):

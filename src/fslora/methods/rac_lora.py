@@ -90,7 +90,7 @@ class RACLoRA(Method):
         drawn = Adapter(self._pairs(seed, round.template), state.adapter.dense)
         total, clients = ScatterMean(drawn), []
         for update in updates:
-            total.add(update.adapter, None, 1.0 if self.weighting == "uniform" else update.examples)
+            total.add(update.adapter, None, update.weight(self.weighting))
             clients.append(update.client)
         mean = total.mean("cohort").only(self.side)
         head = add(Adapter({}, state.adapter.dense), Adapter({}, mean.dense)).dense

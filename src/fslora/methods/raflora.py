@@ -92,7 +92,7 @@ class RaFLoRA(Method):
     def aggregate(self, state: ServerState, updates: Iterator[ClientUpdate], round: Round) -> ServerState:
         """Returns the state with the SVD of the index-normalised mean."""
         sent = list(updates)
-        weights = [1.0 if self.weighting == "uniform" else update.examples for update in sent]
+        weights = [update.weight(self.weighting) for update in sent]
         rank_of = {client.id: client.rank for client in round.cohort}
         ranks = [rank_of[update.client] for update in sent]
         mean = normalised_mean([update.adapter for update in sent], ranks, weights)

@@ -79,7 +79,7 @@ class Replication(Method):
         """Returns the state after the mean of every part over its holders; new clients are judged."""
         total, scores = ScatterMean(state.adapter), {}
         for update in updates:
-            total.add(update.adapter, None, 1.0 if self.weighting == "uniform" else update.examples)
+            total.add(update.adapter, None, update.weight(self.weighting))
             if self.best and _won(update.client) not in state.scalars:
                 scores[update.client] = float(update.extras["score"].item())
         adapter = add(state.adapter, total.mean("holders"))

@@ -92,7 +92,7 @@ class RoLoRA(Method):
         rounds = state.scalars.get("rounds", 0.0) + 1
         total, answered = ScatterMean(state.adapter), {}
         for update in updates:
-            total.add(update.adapter, None, 1.0 if self.weighting == "uniform" else update.examples)
+            total.add(update.adapter, None, update.weight(self.weighting))
             answered[_answered(update.client)] = rounds
         adapter = add(state.adapter, total.mean(self.average))
         return replace(state, adapter=adapter, scalars={**state.scalars, **answered, "rounds": rounds})

@@ -55,5 +55,5 @@ class ZeroPadding(Method):
         """Returns the state after the mean of the padded factors, or of their padded changes."""
         total = ScatterMean(state.adapter)
         for update in updates:
-            total.add(update.adapter, None, 1.0 if self.weighting == "uniform" else update.examples)
+            total.add(update.adapter, None, update.weight(self.weighting))
         return replace(state, adapter=zero_padded(state.adapter, total, self.average))
