@@ -25,7 +25,7 @@ def load(source: Path | str, seed: int = 0, **fields) -> Dataset:
 
 def jsonl(path: Path, rows) -> Path:
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    path.write_bytes(gzip.compress(text.encode(), mtime=0) if path.suffix == ".gz" else text.encode())
     return path
 
 
@@ -33,7 +33,7 @@ def csv(path: Path, rows) -> Path:
     names = list(rows[0])
     lines = [",".join(names), *(",".join(f'"{row[name]}"' for name in names) for row in rows)]
     text = "\n".join(lines) + "\n"
-    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    path.write_bytes(gzip.compress(text.encode(), mtime=0) if path.suffix == ".gz" else text.encode())
     return path
 
 
@@ -206,7 +206,7 @@ GOOD = b'{"text": "a", "label": 0}\n'
         ("a.csv", b"text,label\none, two,0\n", "3 cells under 2 column names; quote cells"),
         ("a.csv", b"text,label\none,0\none, two,0\n", "Expected 2 fields in line 3, saw 3"),
         ("a.jsonl.gz", b"plain", "Not a gzipped file"),
-        ("a.jsonl.gz", gzip.compress(GOOD)[:-9], "ended before the end-of-stream"),
+        ("a.jsonl.gz", gzip.compress(GOOD, mtime=0)[:-9], "ended before the end-of-stream"),
         ("a.parquet", b"PAR1", "cannot be read"),
     ],
 )

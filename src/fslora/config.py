@@ -101,23 +101,66 @@ class AdapterConfig(Section):
 class DataConfig(Section):
     """What the clients learn."""
 
-    task: Literal["word-order", "chapters", "table"] = Field(
+    task: Literal["word-order", "chapters", "table", "regression", "tags", "images", "text", "instruct"] = Field(
         "word-order",
         description="'word-order': were two neighbouring words of the sentence swapped? (any text; no labels needed). "
         "'chapters': to which chapter of the Library Reference does this paragraph belong? "
-        "'table': classify the rows of a file or of a Hugging Face data set.",
+        "'table': classify the rows of a table. 'regression': predict a number for each row. "
+        "'tags': a class for every word. 'images': classify images. "
+        "'text': write such texts, token by token. 'instruct': answer instructions, or choose among answers.",
     )
     source: str = Field(
         "stdlib",
         min_length=1,
-        description="'stdlib' (the docstrings of the running Python's standard library); for word-order also a text "
-        "file or folder; for table a CSV, JSONL or Parquet file or a data set's hub name.",
+        description="'stdlib' (the running Python's standard library, for word-order, chapters and text); for "
+        "word-order and text also a text file or folder; for all others (and text) a CSV, JSONL or Parquet file, "
+        "a folder or pattern of such files (one per client, say), a LEAF file, or a data set's hub name.",
     )
     subset: str | None = Field(None, description="Hub data sets: the configuration's name, e.g. 'sst2' of 'glue'.")
-    text: str = Field("text", description="table: the column that holds the text.")
-    text_pair: str | None = Field(None, description="table: the column that holds a second text, if there is one.")
-    label: str = Field("label", description="table: the column that holds the class.")
-    group: str | None = Field(None, description="table: the column that tells whose row it is (natural partitions).")
+    text: str = Field("text", description="Tables: the column that holds the text (tags: the words; images: the path).")
+    text_pair: str | None = Field(None, description="Tables: the column that holds a second text, if there is one.")
+    label: str = Field(
+        "label",
+        description="Tables: the column that holds the class, the number, or the tags. text, instruct: the column "
+        "whose values a Dirichlet partition skews, if there is such a column.",
+    )
+    prompt: str = Field(
+        "headings",
+        min_length=1,
+        description="instruct: the prompt. 'headings' (instruction, input if there is one, response, each under its "
+        "heading), 'chat' (the tokenizer's own chat template), or a text with {column} in it.",
+    )
+    response: str = Field("output", description="instruct: the column that holds what is to be answered.")
+    answer: str | None = Field(
+        None, description="instruct: the column that holds the answer within the response, for choices and exact match."
+    )
+    choices: str | tuple[str, ...] | None = Field(
+        None,
+        description="instruct: what to choose from: a list, the column that holds one, or 'answer-format' (the prompt "
+        "says 'Answer format: a/b/c').",
+    )
+    evaluate: Literal["loss", "choice", "generate"] = Field(
+        "loss",
+        description="instruct: 'loss' (perplexity of the responses), 'choice' (is the right one the likeliest "
+        "response?), or 'generate' (is the answer in what the model writes?).",
+    )
+    extract: Literal["choice", "number", "text"] = Field(
+        "text",
+        description="generate: what is looked for: the choice named first, the last number (after #### if there is "
+        "that), or the whole text.",
+    )
+    max_new_tokens: int = Field(32, ge=1, description="generate: the longest text to write, in tokens.")
+    characters: int = Field(
+        400,
+        ge=40,
+        description="text: documents are cut at line ends into examples of at most about so many characters.",
+    )
+    metric: str | None = Field(
+        None,
+        description="What runs are judged by, e.g. 'matthews', 'f1', 'spearman'; by default accuracy, the Pearson "
+        "correlation, exact match or perplexity, as the task has it.",
+    )
+    group: str | None = Field(None, description="Tables: the column that tells whose row it is (natural partitions).")
     train_split: str = Field("train", description="Hub data sets: the name of the training split.")
     validation: str | None = Field(
         None, description="table: validation file, or split of a hub data set; by default a share of train."
@@ -130,6 +173,11 @@ class DataConfig(Section):
     max_train: int = Field(0, ge=0, description="Use at most this many training examples; 0: all.")
     max_validation: int = Field(400, ge=0, description="Use at most this many validation examples; 0: all.")
     max_test: int = Field(1000, ge=0, description="Use at most this many test examples; 0: all.")
+
+    @field_validator("choices", mode="before")
+    @classmethod
+    def _from_list(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
 
 
 class PartitionConfig(Section):

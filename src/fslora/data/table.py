@@ -98,7 +98,7 @@ def load_table(config: DataConfig, rng: Rng) -> Dataset:
         "classes": len(names),
         "test texts that are also in train": sum(row in seen for row in _inputs(examples["test"])),
     }
-    return Dataset("table", names, statistics=statistics, **examples)
+    return Dataset("table", names, examples["train"], examples["validation"], examples["test"], statistics)
 
 
 def _side(config: DataConfig, side: str, dropped: Counter[str]) -> Rows:

@@ -1,15 +1,18 @@
-"""What a task hands on: labelled texts, and three sides of them with the figures a user should see."""
+"""What a task hands on: examples with their labels, and three sides of them with the figures a user should see."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 Index = NDArray[np.int64]
 """Positions of examples, [n]."""
+Kind = Literal["classes", "value", "tags", "images", "causal"]
+"""What is learnt: a class or a number per text, a class per word, a class per image, or text token by token."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,12 +20,17 @@ class Examples:
     """Labelled texts in a fixed order; all columns have the same length n."""
 
     texts: tuple[str, ...]
+    """The text; the prompt of an instruction; a tagged sentence's words with spaces between; an image's path."""
     labels: NDArray[np.int64]
-    """[n] classes, counted from 0."""
+    """[n] classes, counted from 0; where examples have none, what a Dirichlet partition skews (0 for all, at least)."""
     pairs: tuple[str, ...] | None = None
     """The second text of each example, for tasks over two texts."""
     groups: tuple[str, ...] | None = None
     """Whose example it is; what the natural partition keeps together."""
+    columns: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """What else the kind of task needs: ``value`` (float), ``words`` and ``tags`` (tuples of str and of int, equally
+    long), ``target`` (what a causal model writes after the text), ``choices`` (every target that it may choose from),
+    ``answer`` (what is looked for in the text that it writes)."""
 
     def __post_init__(self) -> None:
         """Checks that the columns fit together."""
@@ -30,6 +38,9 @@ class Examples:
             column = getattr(self, name)
             if column is not None and len(column) != len(self.texts):
                 raise ValueError(f"{len(self.texts)} texts but {len(column)} {name}")
+        for name, entries in self.columns.items():
+            if len(entries) != len(self.texts):
+                raise ValueError(f"{len(self.texts)} texts but {len(entries)} entries of {name}")
 
     def __len__(self) -> int:
         """Returns the number of examples."""
@@ -44,6 +55,7 @@ class Examples:
             labels=self.labels[positions],
             pairs=None if self.pairs is None else _pick(self.pairs, positions),
             groups=None if self.groups is None else _pick(self.groups, positions),
+            columns={name: _pick(column, positions) for name, column in self.columns.items()},
         )
 
 
@@ -53,13 +65,14 @@ class Dataset:
 
     name: str
     label_names: tuple[str, ...]
-    """The classes, in the order that labels count them."""
+    """The classes (or tags), in the order that labels count them."""
     train: Examples
     validation: Examples
     test: Examples
     statistics: Mapping[str, int | float | str]
     """What was read, dropped and treated on the way, in words, for the user to see."""
+    kind: Kind = "classes"
 
 
-def _pick(column: tuple[str, ...], positions: Index) -> tuple[str, ...]:
+def _pick(column: tuple[Any, ...], positions: Index) -> tuple[Any, ...]:
     return tuple(column[position] for position in positions.tolist())

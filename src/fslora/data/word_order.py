@@ -78,7 +78,7 @@ def load_word_order(config: DataConfig, rng: Rng) -> Dataset:
     examples = {
         name: _examples({group: by_group[group] for group in groups}, rng.child(name)) for name, groups in sides.items()
     }
-    return Dataset("word-order", LABEL_NAMES, statistics=statistics, **examples)
+    return Dataset("word-order", LABEL_NAMES, examples["train"], examples["validation"], examples["test"], statistics)
 
 
 def read_stdlib() -> Source:
