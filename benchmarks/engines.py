@@ -32,6 +32,7 @@ from fslora.config import AdapterConfig, LocalConfig, ModelConfig
 from fslora.engine.cohort import CohortEngine
 from fslora.engine.sequential import SequentialEngine
 from fslora.models.load import load_base
+from fslora.objectives import Classes
 from fslora.rng import Rng
 from fslora.runner import environment, peak_memory
 from fslora.types import Adapter, LocalProblem, LoRA
@@ -43,7 +44,7 @@ TARGETS = {"qv": ("query", "value"), "all": "all-linear"}
 def make(args: argparse.Namespace) -> dict[str, Callable[[], object]]:
     """Peer name → one round of work."""
     adapter = AdapterConfig(rank=SERVER_RANK, alpha=SERVER_RANK, targets=TARGETS[args.targets])
-    base = load_base(ModelConfig(), adapter, LABELS, Rng(0))
+    base = load_base(ModelConfig(), adapter, Classes(LABELS), Rng(0))
     template = base.template(adapter)
     draw = Rng(0).child("benchmark").torch()
     batches, problems = [], []

@@ -16,6 +16,7 @@ import torch
 from fslora.config import AdapterConfig, ModelConfig
 from fslora.models.base import Base
 from fslora.models.load import load_base
+from fslora.objectives import Classes
 from fslora.rng import Rng
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -105,7 +106,7 @@ def tiny_base(tiny_folder) -> Callable[..., Base]:
 
     def make(architecture: str, targets="all-linear") -> Base:
         model = ModelConfig(name=str(tiny_folder(architecture)), max_length=32)
-        return load_base(model, AdapterConfig(rank=8, targets=targets), LABELS, Rng(0))
+        return load_base(model, AdapterConfig(rank=8, targets=targets), Classes(LABELS), Rng(0))
 
     return make
 

@@ -17,10 +17,12 @@ ALLOWED = {
     "algebra": {"types", "rng"},
     "methods": {"types", "rng", "algebra"},
     "config": {"methods"},
+    "metrics": set(),
     "data": {"config", "rng", "types"},
+    "objectives": {"config", "data", "metrics", "types"},
     "fleet": {"config", "rng", "types"},
-    "models": {"config", "rng", "types"},
-    "engine": {"config", "types", "models"},
+    "models": {"config", "objectives", "rng", "types"},
+    "engine": {"config", "data", "rng", "types", "models"},
     "report": {"types"},
 }
 

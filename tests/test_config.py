@@ -264,7 +264,10 @@ REFUSED = {
     "dropout of everything": ({"adapter": {"dropout": 1.0}}, r"adapter\.dropout is 1\.0"),
     "no targets": ({"adapter": {"targets": []}}, r"adapter\.targets is .*: name at least one module"),
     "an empty target": ({"adapter": {"targets": ["query", ""]}}, r"name at least one module"),
-    "a target without its list": ({"adapter": {"targets": "query"}}, r"adapter\.targets is 'query'"),
+    "targets that are no regular expression": (
+        {"adapter": {"targets": "(query"}},
+        r"'\(query' is no regular expression",
+    ),
     "k = 0": (
         {"fleet": {"clients": 2, "cohort": 2, "ranks": [4, 0]}},
         r"ranks holds 0; a rank is at least 1",

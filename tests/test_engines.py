@@ -14,6 +14,7 @@ from fslora.engine.cohort import CohortEngine
 from fslora.engine.sequential import SequentialEngine
 from fslora.models.load import load_base
 from fslora.models.slots import Dropout
+from fslora.objectives import Classes
 from fslora.rng import Rng
 from fslora.types import Adapter, LocalProblem, LoRA, Start, Trained
 
@@ -112,9 +113,10 @@ def test_padding_of_ranks_is_inert(tiny_base):
 
 
 def test_dropout_keeps_the_mean_and_differs_between_draws():
-    dropout = Dropout(0.25, torch.Generator().manual_seed(0))
+    dropout = Dropout(0.25, Rng(0))
     x = torch.ones(200, 500)
-    first, second = dropout(x), dropout(x)
+    first, second = dropout(x, "one.layer"), dropout(x, "another")
+    assert torch.equal(first, dropout(x, "one.layer")), "a layer that is computed again gets the same mask"
     assert not torch.equal(first, second)
     assert first.mean().item() == pytest.approx(1.0, abs=0.01)
     assert first.unique().tolist() == pytest.approx([0.0, 4 / 3])
@@ -206,7 +208,7 @@ def test_a_bfloat16_base_trains_float32_adapters(tiny_folder):
     results = {}
     for dtype in ("float32", "bfloat16"):
         model = ModelConfig(name=str(tiny_folder("bert")), max_length=32, dtype=dtype)
-        base = load_base(model, AdapterConfig(rank=8, targets="all-linear"), LABELS, Rng(0))
+        base = load_base(model, AdapterConfig(rank=8, targets="all-linear"), Classes(LABELS), Rng(0))
         assert {p.dtype for p in base.model.parameters()} == {getattr(torch, dtype)}
         engine = CohortEngine(base, LocalConfig(optimizer="sgd", lr=0.1), 0.0, 4)
         results[dtype] = list(engine.train(problems(base), 0.1))

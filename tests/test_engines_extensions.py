@@ -183,7 +183,7 @@ def test_dropout_does_not_touch_a_frozen_pair(tiny_base, architecture, sizes):
     touched = [
         trained(SequentialEngine(base, SGD, dropout), alive)[0].losses[0] for dropout in (0.0, 0.5)
     ]  # the same with a B that is not zero: dropout is at work
-    assert abs(touched[0] - touched[1]) > 1e-3
+    assert abs(touched[0] - touched[1]) > 1e-4
 
 
 @architectures

@@ -17,6 +17,7 @@ from fslora.data.types import Examples
 from fslora.errors import ArtifactError, FsloraError
 from fslora.export import export_merged, export_peft, import_peft, lower_rank, rank_for_energy
 from fslora.methods.server import ServerOptimizer, server_step
+from fslora.objectives import Classes
 from fslora.rng import Rng
 from fslora.runfolder import RunFolder
 from fslora.types import Adapter, ClientMemory, LoRA, ServerState, Template
@@ -162,7 +163,9 @@ def test_a_pooler_that_the_checkpoint_lacks_travels_with_the_head(tmp_path):
     model.pooler = None
     model.save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    base = load_base(ModelConfig(name=str(tmp_path / "model"), max_length=32), AdapterConfig(rank=2), LABELS, Rng(0))
+    base = load_base(
+        ModelConfig(name=str(tmp_path / "model"), max_length=32), AdapterConfig(rank=2), Classes(LABELS), Rng(0)
+    )
     assert "bert.pooler.dense" in base.head
     adapter = trained_adapter(base.template(AdapterConfig(rank=2)), 2)
     assert "bert.pooler.dense.weight" in adapter.dense

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fslora.data.batches import Encoded
-from fslora.evaluate import Scores, by_length
-from fslora.models.base import Base
+from fslora.data.batches import Encoded, by_length
+from fslora.metrics import Scores, class_scores
+from fslora.models.base import NOT_INPUTS, Base
 from fslora.rng import Rng
 
 NAME = "frozen base + linear head"
@@ -59,7 +59,9 @@ def pooled_features(base: Base, data: Encoded, index: np.ndarray) -> np.ndarray:
     backbone = base.model.base_model
     result: np.ndarray | None = None
     for part in by_length(data.lengths[index]):
-        batch = {name: tensor.to(base.device) for name, tensor in data.batch(index[part]).items() if name != "labels"}
+        batch = {
+            name: tensor.to(base.device) for name, tensor in data.batch(index[part]).items() if name not in NOT_INPUTS
+        }
         hidden = backbone(**batch).last_hidden_state
         mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
         pooled = ((hidden * mask).sum(1) / mask.sum(1)).float().cpu().numpy()
@@ -71,8 +73,8 @@ def pooled_features(base: Base, data: Encoded, index: np.ndarray) -> np.ndarray:
 
 
 def _scores(model: Any, features: np.ndarray, labels: np.ndarray) -> Scores:
-    """Accuracy, and the loss where every label was seen in training."""
-    scores = {"accuracy": float(model.score(features, labels))}
+    """The scores of classes, and the loss where every label was seen in training."""
+    scores = class_scores(model.predict(features), labels, len(model.classes_))
     if set(np.unique(labels)) <= set(model.classes_):
         probabilities = model.predict_proba(features)
         column = np.searchsorted(model.classes_, labels)

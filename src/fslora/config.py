@@ -71,6 +71,16 @@ class ModelConfig(Section):
         description="Type of the frozen base; 'bfloat16' is faster where the processor multiplies in it (AMX, "
         "AVX512-BF16, GPUs). What is trained stays float32.",
     )
+    quantize: Literal["none", "4bit", "8bit"] = Field(
+        "none", description="Keep the base's linear layers in 4 bits (NF4) or 8; needs bitsandbytes."
+    )
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
+        "auto", description="How attention is computed; 'auto': as transformers has it, eager for bfloat16 on CPUs."
+    )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Keep one activation per block and compute the others again: less memory, about a third more time.",
+    )
 
 
 class AdapterConfig(Section):
@@ -80,9 +90,10 @@ class AdapterConfig(Section):
     alpha: float = Field(32.0, gt=0, description="LoRA's alpha; B A is multiplied by alpha / rank.")
     rslora: bool = Field(False, description="Rank-stabilised scale: alpha / sqrt(rank) instead of alpha / rank.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of the LoRA path while training.")
-    targets: Literal["all-linear"] | tuple[str, ...] = Field(
+    targets: str | tuple[str, ...] = Field(
         "all-linear",
-        description="Names of the modules that get a pair, as in PEFT (e.g. ['query', 'value']), or 'all-linear'.",
+        description="What gets a pair, as in PEFT: 'all-linear', names of modules (['query', 'value']), or a regular "
+        r"expression over whole paths ('.*layers\.[0-3]\..*_proj').",
     )
 
     @field_validator("targets", mode="before")
@@ -93,8 +104,13 @@ class AdapterConfig(Section):
     @field_validator("targets")
     @classmethod
     def _some_targets(cls, value: Any) -> Any:
-        if isinstance(value, tuple) and (not value or "" in value):
+        if not value or (isinstance(value, tuple) and "" in value):
             raise ValueError("name at least one module, e.g. ['query', 'value'], or write 'all-linear'")
+        if isinstance(value, str):
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"{value!r} is no regular expression: {error}") from None
         return value
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fslora.config import FleetConfig, LocalConfig
+from fslora.data.batches import IGNORED
 from fslora.models.base import Base
 from fslora.types import Batch, Client, ClientMemory, LoRA, Start
 
@@ -18,14 +19,16 @@ def client_flops(base: Base, start: Start, batches: Sequence[Batch]) -> float:
     """Returns the operations of one client's local steps on its own, padded batches.
 
     Per token: the frozen weights once forward and once for the input's gradient; each pair's path both ways, and the
-    gradient of each factor that is trained.
+    gradient of each factor that is trained. Per token that is predicted: the output layer of a causal model, both ways.
     """
-    tokens = sum(batch["input_ids"].numel() for batch in batches)
+    tokens = sum(base.tokens(batch) for batch in batches)
+    predicted = sum(int((batch["token_labels"] != IGNORED).sum()) for batch in batches if "token_labels" in batch)
     examples = sum(len(batch["labels"]) for batch in batches)
     pairs = sum(_pair_parameters(pair, start) for pair in start.adapter.layers.values())
     frozen = sum(4 * (pair.A.numel() + pair.Bt.numel()) for pair in start.frozen.values())
     heads = sum(6 * tensor.numel() for tensor in start.adapter.dense.values())
-    return float(tokens * (4 * base.linear_parameters + pairs + frozen) + examples * heads)
+    written = 4 * predicted * base.output_parameters
+    return float(tokens * (4 * base.linear_parameters + pairs + frozen) + written + examples * heads)
 
 
 def _pair_parameters(pair: LoRA, start: Start) -> int:

@@ -14,7 +14,7 @@ from fslora.export import export_merged, lower_rank, rank_for_energy
 from fslora.prepare import Federation, Workshop
 from fslora.report.text import percent
 from fslora.runfolder import RunFolder
-from fslora.runner import Stage, Untrained, client_scores, read_adapters, scored, write_adapter
+from fslora.runner import Stage, Untrained, by_label, client_scores, read_adapters, scored, write_adapter
 from fslora.types import Adapter, ClientMemory, ServerState, Site
 
 
@@ -31,7 +31,9 @@ def evaluate_run(path: Path, stage: Stage) -> dict[str, Any]:
     before, after = Untrained.of(federation).scored, scored(federation, adapters)
     return {
         "run": str(path),
+        "metric": federation.sites.metric.as_dict(),
         "test": {"before": before.test, "after": after.test},
+        "by_label": by_label(before, after),
         "clients": client_scores(federation, before, after),
     }
 

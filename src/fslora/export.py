@@ -31,6 +31,7 @@ def export_peft(
     folder: Path,
     card: str = "",
     fan_in_fan_out: bool = False,
+    task: str | None = "SEQ_CLS",
 ) -> Path:
     """Writes an adapter as ``adapter_config.json``, ``adapter_model.safetensors`` and ``README.md``.
 
@@ -44,11 +45,12 @@ def export_peft(
         folder: Replaced as a whole.
         card: Text for the folder's README.
         fan_in_fan_out: Whether the adapted layers keep their weight as [in out] (GPT-2's Conv1D).
+        task: PEFT's name for the kind of task, if it has one.
 
     Raises:
         ArtifactError: The folder cannot be written.
     """
-    from peft import LoraConfig, TaskType
+    from peft import LoraConfig
 
     ranks = {name: pair.rank for name, pair in adapter.layers.items()}
     alphas = {name: _alpha(pair) for name, pair in adapter.layers.items()}
@@ -60,7 +62,7 @@ def export_peft(
         alpha_pattern={re.escape(name): own for name, own in alphas.items() if own != alpha},
         target_modules=list(adapter.layers),
         modules_to_save=list(head) or None,
-        task_type=TaskType.SEQ_CLS,
+        task_type=task,
         base_model_name_or_path=base_name,
         fan_in_fan_out=fan_in_fan_out,
         inference_mode=True,

@@ -9,11 +9,13 @@ import numpy as np
 
 from fslora.config import Experiment
 from fslora.data import Dataset, load_dataset
-from fslora.data.batches import Encoded, encode
+from fslora.data.batches import Encoded
 from fslora.data.partition import Partition, partition
 from fslora.fleet import build_fleet
+from fslora.metrics import Metric
 from fslora.models.base import Base
 from fslora.models.load import load_base
+from fslora.objectives import Objective, metric_of, objective_of
 from fslora.rng import Rng
 from fslora.types import Client, Template
 
@@ -27,8 +29,11 @@ class Sites:
     """How the data were partitioned."""
     partition: Partition
     fleet: tuple[Client, ...]
+    objective: Objective
+    metric: Metric
+    """What runs are judged by."""
 
-    def describe(self, truncated: int | None = None) -> dict[str, Any]:
+    def describe(self, truncated: int | None = None, shortened: int | None = None) -> dict[str, Any]:
         """Returns what data.json holds: statistics, partition and fleet, never a text."""
         labels, classes = self.dataset.train.labels, len(self.dataset.label_names)
         counts = [np.bincount(labels[index], minlength=classes).tolist() for index in self.partition.train]
@@ -38,7 +43,9 @@ class Sites:
             "label_names": list(self.dataset.label_names),
             "statistics": dict(self.dataset.statistics),
             "examples": {name: len(split) for name, split in splits.items()},
+            "metric": self.metric.as_dict(),
             "truncated": truncated,
+            "shortened": shortened,
             "partition": {
                 "kind": self.kind,
                 "digest": self.partition.digest,
@@ -90,10 +97,19 @@ class Federation:
         """What the method is told of the model."""
         return self.base.template(self.experiment.adapter)
 
+    def describe(self) -> dict[str, Any]:
+        """Returns what data.json holds."""
+        return self.sites.describe(self.truncated, self.shortened)
+
     @property
     def truncated(self) -> int:
         """Texts of all splits that were longer than model.max_length and were cut."""
         return self.train.truncated + self.validation.truncated + self.test.truncated
+
+    @property
+    def shortened(self) -> int:
+        """Responses of all splits that were longer than model.max_length and lost their end."""
+        return self.train.shortened + self.validation.shortened + self.test.shortened
 
 
 def prepare_sites(experiment: Experiment) -> Sites:
@@ -103,7 +119,9 @@ def prepare_sites(experiment: Experiment) -> Sites:
     parts = partition(experiment.partition, dataset.train, experiment.fleet.clients, rng.child("partition"))
     sizes = [len(index) for index in parts.train]
     fleet = build_fleet(experiment.fleet, experiment.adapter.rank, sizes, rng.child("fleet"))
-    return Sites(dataset, experiment.partition.kind, parts, fleet)
+    objective = objective_of(dataset, experiment.data)
+    metric = metric_of(objective, experiment.data)
+    return Sites(dataset, experiment.partition.kind, parts, fleet, objective, metric)
 
 
 class Workshop:
@@ -130,16 +148,15 @@ class Workshop:
             ModelError: The base cannot be loaded or adapted.
         """
         sites = self.sites(experiment)
-        names = sites.dataset.label_names
-        model, seed = experiment.model, experiment.run.seed
-        base_key = f"base {model!r} {experiment.adapter.targets!r} {names!r} {seed}"
+        model, seed, objective = experiment.model, experiment.run.seed, sites.objective
+        base_key = f"base {model!r} {experiment.adapter.targets!r} {objective!r} {seed}"
         if base_key not in self._kept:
             # Only the newest base is kept here; an older one goes when its last federation does.
             self._kept = {key: value for key, value in self._kept.items() if not key.startswith("base ")}
-            self._kept[base_key] = load_base(model, experiment.adapter, names, Rng(seed))
+            self._kept[base_key] = load_base(model, experiment.adapter, objective, Rng(seed))
         base = self._kept[base_key]
         tokens_key = f"tokens {model!r} {experiment.data!r} {seed}"
         if tokens_key not in self._kept:
             splits = (sites.dataset.train, sites.dataset.validation, sites.dataset.test)
-            self._kept[tokens_key] = [encode(split, base.tokenizer, model.max_length) for split in splits]
+            self._kept[tokens_key] = [objective.encode(split, base.tokenizer, model) for split in splits]
         return Federation(experiment, sites, base, *self._kept[tokens_key])

@@ -24,8 +24,10 @@ import fslora
 from fslora.baseline import frozen_baseline
 from fslora.config import Experiment, load, to_toml
 from fslora.errors import FsloraError
-from fslora.evaluate import Predictions, Scores, predict, predict_dealt
+from fslora.evaluate import predict, predict_dealt
 from fslora.export import export_peft, import_peft
+from fslora.metrics import Scores
+from fslora.objectives import Predictions, joined
 from fslora.prepare import Federation, Workshop
 from fslora.runfolder import RunFolder
 from fslora.simulate import Simulation, Watcher
@@ -69,9 +71,9 @@ def resume(path: Path, stage: Stage) -> RunFolder:
 def carry_out(experiment: Experiment, folder: RunFolder, workshop: Workshop, stage: Stage) -> None:
     """Does whatever of the experiment is not yet in its folder; the page is written at the end, however that comes."""
     federation = workshop.federation(experiment)
-    folder.write_json("data.json", federation.sites.describe(federation.truncated))
+    folder.write_json("data.json", federation.describe())
     _explain(federation, stage)
-    if folder.read_json("baseline.json") is None:
+    if federation.sites.dataset.kind == "classes" and folder.read_json("baseline.json") is None:
         stage.note("Fitting the baseline: a linear head on the frozen base ...")
         splits = (federation.train, federation.validation, federation.test)
         folder.write_json("baseline.json", frozen_baseline(federation.base, *splits, federation.rng.child("baseline")))
@@ -87,7 +89,7 @@ def carry_out(experiment: Experiment, folder: RunFolder, workshop: Workshop, sta
             other = workshop.federation(varied)
             inside.write_text("experiment.toml", to_toml(varied))
             if other.sites is not federation.sites:
-                inside.write_json("data.json", other.sites.describe(other.truncated))
+                inside.write_json("data.json", other.describe())
             untrained = _run_one(other, inside, name, untrained, stage)
     except BaseException:
         with suppress(FsloraError):  # the page must not hide what stopped the run
@@ -110,6 +112,8 @@ class Scored:
     test: Scores
     own: Predictions | None
     """Over the clients' held-out examples, one client after the other; None when there are none."""
+    by_label: Mapping[str, Scores]
+    """Of a mixture (of tasks, say), the scores of each part of the test split; empty where there are no parts."""
 
 
 def scored(federation: Federation, adapters: Sequence[Adapter]) -> Scored:
@@ -119,15 +123,24 @@ def scored(federation: Federation, adapters: Sequence[Adapter]) -> Scored:
     scored with its own. An adapter without layers is the base with that head.
     """
     base, train, holdout = federation.base, federation.train, federation.sites.partition.holdout
-    test = predict_dealt(base, adapters, federation.test).scores()
+    tested = predict_dealt(base, adapters, federation.test)
+    test, by_label = tested.scores(), _by_label(federation, tested)
     if not any(len(index) for index in holdout):
-        return Scored(test, None)
+        return Scored(test, None, by_label)
     if len(adapters) == 1:
-        return Scored(test, predict(base, adapters[0], train.take(np.concatenate(holdout))))
+        return Scored(test, predict(base, adapters[0], train.take(np.concatenate(holdout))), by_label)
     pairs = zip(adapters, holdout, strict=True)
     parts = [predict(base, adapter, train.take(index)) for adapter, index in pairs if len(index)]
-    losses, correct = [part.losses for part in parts], [part.correct for part in parts]
-    return Scored(test, Predictions(np.concatenate(losses), np.concatenate(correct)))
+    return Scored(test, joined(parts), by_label)
+
+
+def _by_label(federation: Federation, tested: Predictions) -> dict[str, Scores]:
+    """The test scores of each stratum of a task whose labels are not what is learnt."""
+    names, dataset = federation.sites.dataset.label_names, federation.sites.dataset
+    if dataset.kind != "causal" or len(names) < 2:
+        return {}
+    places = {name: np.flatnonzero(dataset.test.labels == label) for label, name in enumerate(names)}
+    return {name: tested.scores(index) for name, index in places.items() if len(index)}
 
 
 @dataclass(frozen=True)
@@ -158,7 +171,7 @@ def run_cell(
     forget_peak_memory()
     federation = workshop.federation(experiment)
     folder.write_text("experiment.toml", to_toml(experiment))
-    folder.write_json("data.json", federation.sites.describe(federation.truncated))
+    folder.write_json("data.json", federation.describe())
     simulation = Simulation(federation, folder, watcher)
     untrained = Untrained.of(federation, known)
     _finish(simulation, simulation.run(), untrained)
@@ -227,13 +240,13 @@ def read_adapters(path: Path) -> list[Adapter]:
 def write_adapter(federation: Federation, adapter: Adapter, to: Path, rounds: int) -> None:
     """Writes an adapter of a federation as a PEFT folder with a card."""
     base = federation.base
-    export_peft(adapter, base.head, base.name, to, adapter_card(federation, rounds), base.fan_in_fan_out)
+    card, task = adapter_card(federation, rounds), base.objective.peft_task
+    export_peft(adapter, base.head, base.name, to, card, base.fan_in_fan_out, task)
 
 
 def adapter_card(federation: Federation, rounds: int) -> str:
     """Returns the README of an exported adapter: what it is and how to load it. No training text is quoted."""
     experiment, sites = federation.experiment, federation.sites
-    names = list(sites.dataset.label_names)
     return f"""
 # LoRA adapter trained with fslora {fslora.__version__}
 
@@ -242,16 +255,7 @@ ranks {sorted({client.rank for client in sites.fleet})}, server rank {experiment
 {experiment.run.seed}. Data: {sites.dataset.name}, {len(federation.train)} training examples over all clients.
 
 ```python
-from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-base = {federation.base.name!r}  # or a local folder with the same weights
-model = AutoModelForSequenceClassification.from_pretrained(base, num_labels={len(names)})
-model = PeftModel.from_pretrained(model, "path/to/this/folder").eval()
-tokenizer = AutoTokenizer.from_pretrained(base)
-labels = {names!r}
-inputs = tokenizer("A text.", return_tensors="pt", truncation=True, max_length={experiment.model.max_length})
-print(labels[model(**inputs).logits.argmax().item()])
+{federation.base.objective.card(federation.base.name, experiment.model.max_length)}
 ```
 """
 
@@ -265,7 +269,9 @@ def _summary(simulation: Simulation, adapters: Sequence[Adapter], before: Scored
         "personal": federation.experiment.method.personal,
         "rounds": len(rows),
         "finished": simulation.spent(rows[-1]) >= 1 or len(rows) == federation.experiment.run.rounds,
+        "metric": federation.sites.metric.name,
         "test": {"before": before.test, "after": after.test},
+        "by_label": by_label(before, after),
         "clients": client_scores(federation, before, after),
         "bytes_down": sum(row["bytes_down"] for row in rows),
         "bytes_up": sum(row["bytes_up"] for row in rows),
@@ -280,6 +286,11 @@ def _summary(simulation: Simulation, adapters: Sequence[Adapter], before: Scored
         "adapter_parameters": sum(tensor.numel() for tensor in adapters[0].tensors().values()),
         "base_parameters": federation.base.parameters,
     }
+
+
+def by_label(before: Scored, after: Scored) -> dict[str, dict[str, Scores]]:
+    """Returns, per part of a mixture, two adapters' test scores; empty where there are no parts."""
+    return {name: {"before": before.by_label[name], "after": scores} for name, scores in after.by_label.items()}
 
 
 def client_scores(federation: Federation, before: Scored, after: Scored) -> list[dict[str, Any]]:
@@ -315,6 +326,8 @@ def _explain(federation: Federation, stage: Stage) -> None:
     if federation.truncated:
         limit = federation.experiment.model.max_length
         stage.note(f"  texts cut at {limit} tokens (model.max_length): {federation.truncated}")
+    if federation.shortened:
+        stage.note(f"  responses longer than model.max_length, cut at their end: {federation.shortened}")
     stage.note(
         f"{base.name}: {base.parameters / 1e6:.1f} M frozen parameters on {base.device}, "
         f"{len(base.targets)} adapted layers"

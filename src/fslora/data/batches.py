@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 
+from fslora.data.tokens import tokenised
 from fslora.data.types import Examples
 from fslora.rng import Rng
 from fslora.types import Batch, Tensor
+
+IGNORED = -100
+"""In ``token_labels``: nothing is to be predicted here (torch's and transformers' convention)."""
+TOKENS_PER_BATCH = 4096
 
 
 @dataclass(frozen=True)
@@ -20,12 +25,17 @@ class Encoded:
     """A split as token ids."""
 
     fields: dict[str, list[list[int]]]
-    """Tokenizer field (``input_ids``, ``token_type_ids``) → one list of ids per example."""
+    """Field (``input_ids``, ``token_type_ids``; ``token_labels``: what to predict at each position) → one list per
+    example."""
     labels: np.ndarray
-    """int64 [n]."""
+    """[n] int64 classes (strata where there are none), or float32 numbers."""
     truncated: int
     """How many texts were longer than the limit and were cut."""
     pad_id: int
+    shortened: int = 0
+    """How many responses were longer than the whole context and lost their end."""
+    columns: Mapping[str, list[Any]] = field(default_factory=dict)
+    """What only the evaluation needs, one entry per example."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -38,7 +48,8 @@ class Encoded:
     def take(self, index: np.ndarray) -> Encoded:
         """Returns the examples of ``index`` as a split of their own."""
         fields = {name: [lists[i] for i in index] for name, lists in self.fields.items()}
-        return Encoded(fields, self.labels[index], 0, self.pad_id)
+        columns = {name: [column[i] for i in index] for name, column in self.columns.items()}
+        return Encoded(fields, self.labels[index], 0, self.pad_id, 0, columns)
 
     def batch(self, index: Sequence[int] | np.ndarray) -> Batch:
         """Returns the examples of ``index`` as tensors [b t], padded on the right to the longest of them."""
@@ -46,24 +57,39 @@ class Encoded:
         there = np.arange(lengths.max()) < lengths[:, None]
         tensors = {"attention_mask": torch.from_numpy(there.astype(np.int64))}
         for name, lists in self.fields.items():
-            filled = np.full(there.shape, self.pad_id if name == "input_ids" else 0, dtype=np.int64)
+            filled = np.full(there.shape, padding(name, self.pad_id), dtype=np.int64)
             filled[there] = list(chain.from_iterable(lists[i] for i in index))
             tensors[name] = torch.from_numpy(filled)
         tensors["labels"] = torch.from_numpy(self.labels[np.asarray(index)])
         return tensors
 
 
+def padding(name: str, pad_id: int) -> int:
+    """Returns what fills up a field of a batch."""
+    return {"input_ids": pad_id, "token_labels": IGNORED}.get(name, 0)
+
+
 def encode(examples: Examples, tokenizer: Any, max_length: int) -> Encoded:
     """Returns the examples as token ids, cut to ``max_length`` tokens; how many were cut is counted."""
     if len(examples) == 0:
         return Encoded({"input_ids": []}, examples.labels, 0, tokenizer.pad_token_id)
-    pairs = None if examples.pairs is None else list(examples.pairs)
-    kwargs: dict[str, Any] = {"add_special_tokens": True, "return_attention_mask": False, "verbose": False}
-    whole = tokenizer(list(examples.texts), pairs, **kwargs)
+    whole = tokenised(tokenizer, examples.texts, examples.pairs)
     cut = sum(len(ids) > max_length for ids in whole["input_ids"])
     if cut:
-        whole = tokenizer(list(examples.texts), pairs, truncation=True, max_length=max_length, **kwargs)
-    return Encoded(dict(whole), examples.labels, cut, tokenizer.pad_token_id)
+        whole = tokenised(tokenizer, examples.texts, examples.pairs, max_length)
+    return Encoded(whole, examples.labels, cut, tokenizer.pad_token_id)
+
+
+def by_length(lengths: np.ndarray, tokens: int = TOKENS_PER_BATCH) -> Iterator[np.ndarray]:
+    """Yields index arrays of texts of similar length, at most about ``tokens`` tokens each."""
+    order = np.argsort(lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        stop = start + 1
+        while stop < len(order) and int(lengths[order[stop]]) * (stop + 1 - start) <= tokens:
+            stop += 1
+        yield order[start:stop]
+        start = stop
 
 
 def local_batches(

@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional
 
 from fslora.config import LocalConfig
+from fslora.data.batches import padding
 from fslora.engine.optim import make_optimizer, narrowed
 from fslora.models.base import Base
 from fslora.models.slots import Change, Dropout, Layout, StackedDense, StackedPair
@@ -43,7 +44,6 @@ class CohortEngine:
         order = sorted(range(len(problems)), key=lambda c: -len(problems[c].batches))
         ordered = [problems[c] for c in order]
         stack = Stack([problem.start for problem in ordered], self.base.device)
-        dropout = Dropout(self.dropout, ordered[0].rng.torch()) if self.dropout else None
         losses: list[Tensor] = []
         active, optimizer = 0, None
         for step in range(len(ordered[0].batches)):
@@ -52,6 +52,7 @@ class CohortEngine:
                 active = len(batches)
                 stack.activate(active)
                 optimizer = narrowed(optimizer, active, make_optimizer([stack.flat_leaf], self.local, lr, fused=True))
+            dropout = Dropout(self.dropout, ordered[0].rng.child(step)) if self.dropout else None
             losses.append(self._backward(stack, batches, dropout))
             stack.measure()
             stack.clip(self.local.clip_norm)
@@ -72,14 +73,15 @@ class CohortEngine:
     def _backward(self, stack: Stack, batches: Sequence[Batch], dropout: Dropout | None) -> Tensor:
         """One pass for all clients; returns their mean losses [c]."""
         layout = Layout([len(batch["labels"]) for batch in batches], self.base.device)
-        batch = concatenated(batches, self.base.tokenizer.pad_token_id)
+        batch = concatenated(batches, self.base.pad_id)
         pairs, heads = stack.changes(self.base, layout, dropout)
+        # Attached until the gradients are there: with gradient checkpointing the backward pass computes layers again.
         with self.base.attached(pairs, heads):
-            logits = self.base.logits(batch)
-        each = functional.cross_entropy(logits.float(), batch["labels"].to(logits.device), reduction="none")
-        sizes = torch.bincount(layout.owner, minlength=layout.clients)
-        means = each.new_zeros(layout.clients).index_add(0, layout.owner, each) / sizes
-        stack.backward(means.sum() + stack.penalty())
+            each, example = self.base.objective.losses(self.base, batch)
+            owner = layout.owner[example]
+            sizes = torch.bincount(owner, minlength=layout.clients).clamp(min=1)
+            means = each.new_zeros(layout.clients).index_add(0, owner, each) / sizes
+            stack.backward(means.sum() + stack.penalty())
         return means.detach()
 
 
@@ -226,13 +228,13 @@ def stacked_frozen(starts: Sequence[Start], device: torch.device) -> dict[str, t
 
 
 def concatenated(batches: Sequence[Batch], pad_id: int) -> Batch:
-    """Returns the batches one after the other, padded on the right to the longest text among them."""
-    width = max(batch["input_ids"].shape[1] for batch in batches)
+    """Returns the batches one after the other, texts padded on the right to the longest among them."""
     joined = {}
-    for name in batches[0]:
+    for name, first in batches[0].items():
         parts = [batch[name] for batch in batches]
-        if name != "labels":
-            value = pad_id if name == "input_ids" else 0
+        if first.dim() == 2:
+            width = max(part.shape[1] for part in parts)
+            value = padding(name, pad_id)
             parts = [functional.pad(part, (0, width - part.shape[1]), value=value) for part in parts]
         joined[name] = torch.cat(parts)
     return joined

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch.nn import functional
 
 from fslora.config import LocalConfig
 from fslora.engine.optim import make_optimizer
@@ -36,16 +35,15 @@ class SequentialEngine:
         resting = {"A": ":Bt", "B": ":A", "both": "-"}[start.trains]
         leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items() if not name.endswith(resting)}
         optimizer = make_optimizer(list(leaves.values()), self.local, lr, fused=False)
-        pairs, heads = self._changes(problem, tensors)
         losses: list[float] = []
         measured: dict[str, Tensor] = {}
-        for batch in problem.batches:
+        for step, batch in enumerate(problem.batches):
             optimizer.zero_grad()
-            with self.base.attached(pairs, heads):
-                logits = self.base.logits(batch)
-            loss = functional.cross_entropy(logits.float(), batch["labels"].to(logits.device))
-            penalty = start.penalty(start.adapter.with_tensors(tensors)) if start.penalty else 0.0
-            (loss + penalty).backward()  # type: ignore[no-untyped-call]
+            with self.base.attached(*self._changes(problem, tensors, step)):
+                each, _ = self.base.objective.losses(self.base, batch)
+                loss = each.sum() / max(1, len(each))
+                penalty = start.penalty(start.adapter.with_tensors(tensors)) if start.penalty else 0.0
+                (loss + penalty).backward()  # type: ignore[no-untyped-call]
             for leaf in leaves.values():
                 if leaf.grad is None:  # a layer that the model never ran: no gradient is a gradient of zero
                     leaf.grad = torch.zeros_like(leaf)
@@ -60,10 +58,10 @@ class SequentialEngine:
         return Trained(problem.client, start.adapter.with_tensors(values), tuple(losses), measured)
 
     def _changes(
-        self, problem: LocalProblem, tensors: dict[str, Tensor]
+        self, problem: LocalProblem, tensors: dict[str, Tensor], step: int
     ) -> tuple[dict[str, Change], dict[str, Change]]:
         start, device = problem.start, self.base.device
-        dropout = Dropout(self.dropout, problem.rng.torch()) if self.dropout else None
+        dropout = Dropout(self.dropout, problem.rng.child(step)) if self.dropout else None
         frozen = {name: SinglePair(p.A.to(device), p.Bt.to(device), p.scale) for name, p in start.frozen.items()}
         pairs: dict[str, Change] = {
             name: SinglePair(tensors[f"{name}:A"], tensors[f"{name}:Bt"], pair.scale, dropout, frozen.get(name))

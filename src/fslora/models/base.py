@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,18 +13,23 @@ from transformers.pytorch_utils import Conv1D
 
 from fslora.config import AdapterConfig
 from fslora.errors import ModelError
-from fslora.models.slots import Change, SingleDense, SinglePair, Slot
+from fslora.models.slots import Change, Picked, SingleDense, SinglePair, Slot
+from fslora.objectives import Objective
 from fslora.types import Adapter, Batch, LoRA, Template, Tensor
+
+NOT_INPUTS = ("labels", "token_labels")
+"""What a batch holds beside the model's inputs."""
 
 
 class Base:
     """The one copy of the base in memory.
 
     Args:
-        model: A transformers model with logits [b classes]; it is frozen and put in evaluation mode.
-        tokenizer: Its tokenizer.
+        model: A transformers model whose output has logits; it is frozen and put in evaluation mode.
+        tokenizer: Its tokenizer, or its image processor.
+        objective: What it is trained and judged by.
         head: Names of the modules that are trained whole (the classification head).
-        targets: Which linear modules get a pair: names as in PEFT, or ``all-linear``.
+        targets: Which linear modules get a pair: names or a regular expression as in PEFT, or ``all-linear``.
         name: What adapters exported from this base call it.
 
     Raises:
@@ -31,18 +37,34 @@ class Base:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, head: tuple[str, ...], targets: str | tuple[str, ...], name: str
+        self,
+        model: Any,
+        tokenizer: Any,
+        objective: Objective,
+        head: tuple[str, ...],
+        targets: str | tuple[str, ...],
+        name: str,
     ) -> None:
         self.model = model.requires_grad_(False).eval()
         self.tokenizer = tokenizer
+        self.objective = objective
         self.head = head
         self.name = name
-        linears = {path: module for path, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+        linears = {path: module for path, module in model.named_modules() if _is_linear(module)}
         in_head = {path for path in linears if _within(path, head)}
         self.targets = tuple(_matching([path for path in linears if path not in in_head], targets, model))
-        self._slots = {path: Slot(linears[path]) for path in self.targets}
-        self._head_slots = {path: Slot(linears[path]) for path in sorted(in_head)}
+        self._slots = {path: Slot(linears[path], path) for path in self.targets}
+        self._head_slots = {path: Slot(linears[path], path) for path in sorted(in_head)}
+        output = model.get_output_embeddings()
+        self._output = None if output is None else Slot(output, "output")
+        # Blocks compute again only in training mode; their parts stay in evaluation mode, so nothing else changes.
+        self._checkpointed = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
+        self._checkpoint(True)
         self._check_head()
+
+    def _checkpoint(self, on: bool) -> None:
+        for module in self._checkpointed:
+            module.training = on
 
     @property
     def device(self) -> torch.device:
@@ -52,15 +74,42 @@ class Base:
         return device
 
     @property
+    def pad_id(self) -> int:
+        """The padding token; 0 where there are no tokens."""
+        return int(getattr(self.tokenizer, "pad_token_id", None) or 0)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the model tells apart."""
+        return int(self.model.get_input_embeddings().num_embeddings)
+
+    @property
     def parameters(self) -> int:
         """The number of frozen parameters."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     @property
     def linear_parameters(self) -> int:
-        """The number of frozen weights that a token is multiplied with: those of the linear layers outside the head."""
-        modules = (module for path, module in self.model.named_modules() if not _within(path, self.head))
-        return sum(module.weight.numel() for module in modules if isinstance(module, (nn.Linear, Conv1D)))
+        """The number of frozen weights that a token is multiplied with: those of the linear layers, without the head
+        and without the output layer over the vocabulary."""
+        output = None if self._output is None else self._output.module
+        modules = (m for path, m in self.model.named_modules() if not _within(path, self.head) and m is not output)
+        return sum(d_in * d_out for d_in, d_out in map(_shape, filter(_is_linear, modules)))
+
+    @property
+    def output_parameters(self) -> int:
+        """The number of weights of the output layer over the vocabulary, which only predicted tokens see."""
+        if self._output is None:
+            return 0
+        d_in, d_out = _shape(self._output.module)
+        return d_in * d_out
+
+    def tokens(self, batch: Batch) -> int:
+        """Returns how many positions the model computes for a batch: padded tokens, or patches of images."""
+        if "input_ids" in batch:
+            return batch["input_ids"].numel()
+        patch = getattr(self.model.config, "patch_size", None) or 16
+        return len(batch["labels"]) * (1 + batch["pixel_values"][0, 0].numel() // patch**2)
 
     @property
     def fan_in_fan_out(self) -> bool:
@@ -156,12 +205,46 @@ class Base:
             found[path] = (dense[f"{path}.weight"].to(device), None if bias is None else bias.to(device))
         return found
 
-    def logits(self, batch: Batch) -> Tensor:
-        """Returns the model's logits [b classes] for a batch; ``labels`` in it are left out."""
-        inputs = {name: tensor.to(self.device) for name, tensor in batch.items() if name != "labels"}
-        logits = self.model(**inputs).logits
+    def logits(self, batch: Batch, at: Tensor | None = None) -> Tensor:
+        """Returns the model's logits for a batch; what is no input of the model is left out.
+
+        Args:
+            batch: Inputs [b ...] and labels.
+            at: bool [b t]: only these positions of a causal model, [u vocabulary], in reading order; the others'
+                logits are never computed.
+        """
+        inputs = {name: tensor.to(self.device) for name, tensor in batch.items() if name not in NOT_INPUTS}
+        if at is not None:
+            assert self._output is not None, "only models with an output layer over the vocabulary can be read so"
+            self._output.change = Picked(at.to(self.device))
+        try:
+            logits = self.model(**inputs).logits
+        finally:
+            if self._output is not None:
+                self._output.change = None
         assert isinstance(logits, Tensor)
-        return logits
+        return logits if at is None else logits[0]
+
+    def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[str]:
+        """Returns what a causal model writes after each prompt, greedily, at most so many tokens, decoded."""
+        width = max(len(prompt) for prompt in prompts)
+        ids = torch.full((len(prompts), width), self.pad_id)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):  # on the left, so that every text goes on at the same place
+            ids[row, width - len(prompt) :] = torch.tensor(prompt, dtype=ids.dtype)
+            mask[row, width - len(prompt) :] = 1
+        self._checkpoint(False)
+        written = self.model.generate(
+            input_ids=ids.to(self.device),
+            attention_mask=mask.to(self.device),
+            max_new_tokens=tokens,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=self.pad_id,
+        )
+        self._checkpoint(True)
+        texts: list[str] = self.tokenizer.batch_decode(written[:, width:], skip_special_tokens=True)
+        return texts
 
     def _check_head(self) -> None:
         covered = {f"{path}.{kind}" for path in self._head_slots for kind in ("weight", "bias")}
@@ -177,28 +260,55 @@ def _within(path: str, parents: tuple[str, ...]) -> bool:
     return any(path == parent or path.startswith(parent + ".") for parent in parents)
 
 
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
 def _shape(module: nn.Module) -> tuple[int, int]:
-    """(d_in, d_out); GPT-2's Conv1D keeps its weight as [in out], nn.Linear as [out in]."""
+    """(d_in, d_out); GPT-2's Conv1D keeps its weight as [in out], nn.Linear as [out in], quantised ones packed."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
     weight = module.weight
     assert isinstance(weight, Tensor)
     rows, columns = weight.shape
-    return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
+    return rows, columns
 
 
 def _matching(paths: list[str], targets: str | tuple[str, ...], model: Any) -> list[str]:
+    """The paths that a configuration means. The output layer and experts, which see a part of the tokens, are none."""
     output = model.get_output_embeddings()
-    paths = [path for path in paths if output is None or model.get_submodule(path) is not output]
+    known = [path for path in paths if output is None or model.get_submodule(path) is not output]
+    paths = [path for path in known if "experts" not in path.split(".")]
     if targets == "all-linear":
         chosen = paths
+    elif isinstance(targets, str):
+        chosen = [path for path in paths if re.fullmatch(targets, path)]
+        _check_used([targets] if not chosen else [], paths, known)
     else:
-        chosen = [path for path in paths if any(path == t or path.endswith(f".{t}") for t in targets)]
-        unused = [t for t in targets if not any(path == t or path.endswith(f".{t}") for path in paths)]
-        if unused:
-            kinds = sorted({path.rsplit(".", 1)[-1] for path in paths})
-            raise ModelError(
-                f"adapter.targets names {', '.join(map(repr, unused))}, which no linear module of this model "
-                f"is called; there are: {', '.join(kinds)} (or 'all-linear')"
-            )
+        chosen = [path for path in paths if any(_named(path, target) for target in targets)]
+        _check_used([t for t in targets if not any(_named(path, t) for path in paths)], paths, known)
     if not chosen:
         raise ModelError("this model has no linear module outside its head; nothing can be adapted")
     return chosen
+
+
+def _named(path: str, target: str) -> bool:
+    return path == target or path.endswith(f".{target}")
+
+
+def _check_used(unused: list[str], paths: list[str], known: list[str]) -> None:
+    if not unused:
+        return
+    kinds = sorted({path.rsplit(".", 1)[-1] for path in paths})
+    apart = [path for path in known if path not in paths]
+    experts = [t for t in unused if any(_named(path, t) or re.fullmatch(t, path) for path in apart)]
+    reason = (
+        "only names experts, which see a part of the tokens and cannot be adapted"
+        if experts
+        else "no linear module of this model is called so"
+    )
+    raise ModelError(
+        f"adapter.targets names {', '.join(map(repr, unused))}: {reason}; there are: {', '.join(kinds)} "
+        "(or 'all-linear'; a single text is a regular expression over whole paths such as "
+        f"{paths[0] if paths else ''!r})"
+    )

