@@ -216,7 +216,7 @@ class Base:
         inputs = {name: tensor.to(self.device) for name, tensor in batch.items() if name not in NOT_INPUTS}
         if at is not None:
             assert self._output is not None, "only models with an output layer over the vocabulary can be read so"
-            self._output.change = Picked(at.to(self.device))
+            self._output.change = Picked(at.flatten().nonzero()[:, 0].to(self.device))
         try:
             logits = self.model(**inputs).logits
         finally:

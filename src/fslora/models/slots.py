@@ -114,12 +114,12 @@ class SingleDense:
 class Picked:
     """An output layer that is computed at some positions only."""
 
-    positions: Tensor
-    """bool [b t]."""
+    places: Tensor
+    """int64 [u]: which of the b · t positions, in reading order. No mask: a GPU would have to wait for its sum."""
 
     def apply(self, x: Tensor, layer: Slot) -> Tensor:
         """Returns the frozen output [1 u o] at the u positions of x [b t i]."""
-        return layer.frozen(x[self.positions]).unsqueeze(0)
+        return layer.frozen(x.flatten(0, 1)[self.places]).unsqueeze(0)
 
 
 class Layout:
