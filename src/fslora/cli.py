@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -208,6 +209,37 @@ def export(
         print(result["summary"])
 
 
+@app.command("pretrain-tiny")
+def pretrain_tiny(
+    to: Annotated[Path, typer.Option(help="Folder to write; it must not exist.", show_default=False)],
+    source: Annotated[
+        str, typer.Option(help="A text file, a folder of them, or 'stdlib': half of Python's own library.")
+    ] = "stdlib",
+    steps: Annotated[int, typer.Option(help="Training steps of 2,048 tokens.")] = 800,
+    minutes: Annotated[
+        float | None, typer.Option(help="Train so long instead; not reproducible.", show_default=False)
+    ] = None,
+    hidden: Annotated[int, typer.Option(help="Size of a token's vector.")] = 256,
+    layers: Annotated[int, typer.Option(help="Number of layers.")] = 6,
+    vocabulary: Annotated[int, typer.Option(help="Tokens, at most.")] = 4096,
+    seed: Annotated[int, typer.Option(help="Of the weights and the order of the text.")] = 0,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a small base model from nothing on text of this machine, and write it as a transformers folder."""
+    from fslora.pretrain import PretrainConfig, pretrain
+
+    config = PretrainConfig(
+        source=source, steps=steps, minutes=minutes, hidden=hidden, layers=layers, vocabulary=vocabulary, seed=seed
+    )
+    with _nothing_left(to), _terminal(quiet).steps("pretraining", None if minutes else steps) as bar:
+        result = pretrain(config, to, bar)
+    if as_json:
+        _print_json(asdict(result))
+    else:
+        print(to if quiet else result.summary())
+
+
 @app.command()
 def report(path: AnyPath, as_json: AsJson = False, quiet: Quiet = False) -> None:
     """Write the page, figures and tables of a run or comparison again; works for unfinished ones too."""
@@ -308,6 +340,16 @@ def _interruptible(path: Path) -> Iterator[None]:
     except KeyboardInterrupt:
         if (path / "experiment.toml").is_file():
             print(f"\nstopped; {path} holds what was done. Go on with: fslora resume {path}", file=sys.stderr)
+        raise
+
+
+@contextmanager
+def _nothing_left(path: Path) -> Iterator[None]:
+    """Says that a stopped command wrote nothing."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\nstopped; nothing was written to {path}", file=sys.stderr)
         raise
 
 

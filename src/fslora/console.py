@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -78,6 +78,18 @@ class RoundBar:
         self._progress.update(self._task, facts=facts + clients)
 
 
+class StepBar:
+    """A progress bar over training steps, with the step's loss."""
+
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self._progress = progress
+        self._task = task
+
+    def __call__(self, number: int, loss: float) -> None:
+        """Moves the bar to step ``number``."""
+        self._progress.update(self._task, completed=number, facts=f"steps  loss {loss:.3f}")
+
+
 class CellBars:
     """One bar over the cells of a comparison, and one below it for each cell that runs."""
 
@@ -137,6 +149,16 @@ class Terminal:
             return
         with self._progress() as progress:
             yield CellBars(progress, done, total)
+
+    @contextmanager
+    def steps(self, name: str, total: int | None) -> Iterator[Callable[[int, float], None]]:
+        """Shows a progress bar over training steps, unless quiet; ``total`` is None where time decides."""
+        if self._quiet:
+            yield lambda number, loss: None
+            return
+        with self._progress() as progress:
+            task = progress.add_task(f"{name:<11}", total=total, facts="reading text")
+            yield StepBar(progress, task)
 
     def _progress(self) -> Progress:
         columns = (

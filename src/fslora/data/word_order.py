@@ -96,22 +96,23 @@ def read_stdlib() -> Source:
     )
 
 
-def read_path(path: Path) -> Source:
+def read_path(path: Path, asked: str = "data.source") -> Source:
     """Returns the texts of one file, or of all text files below a folder, by file.
 
-    Bytes that are not UTF-8 are replaced, and counted. Hidden files and folders are passed over.
+    Bytes that are not UTF-8 are replaced, and counted. Hidden files and folders are passed over. ``asked`` is what
+    errors call the path.
 
     Raises:
         DataError: There is nothing there to read.
     """
     if not path.exists():
-        raise DataError(f"data.source is {str(path)!r}, but there is no such file or folder; or write 'stdlib'")
+        raise DataError(f"{asked} is {str(path)!r}, but there is no such file or folder; or write 'stdlib'")
     files = list(_text_files(path)) if path.is_dir() else [path]
     counts = Counter({"empty": 0, "binary": 0, "replaced": 0})
     texts: list[tuple[str, str]] = []
     for file in files:
         name = file.relative_to(path).as_posix() if path.is_dir() else file.name
-        data = _bytes(file)
+        data = _bytes(file, asked)
         text = data.decode("utf-8-sig", errors="replace")
         if b"\0" in data:
             counts["binary"] += 1
@@ -123,7 +124,7 @@ def read_path(path: Path) -> Source:
     if not texts:
         looked_for = f"files that end in {', '.join(SUFFIXES)}" if path.is_dir() else "UTF-8 text"
         raise DataError(
-            f"data.source {str(path)!r} holds no usable text: looked for {looked_for}, found {len(files)}; "
+            f"{asked} {str(path)!r} holds no usable text: looked for {looked_for}, found {len(files)}; "
             f"{counts['binary']} binary (or UTF-16: save as UTF-8), {counts['empty']} empty"
         )
     statistics: Statistics = {
@@ -243,11 +244,11 @@ def _text_files(folder: Path) -> Iterator[Path]:
                 yield Path(parent, name)
 
 
-def _bytes(path: Path) -> bytes:
+def _bytes(path: Path, asked: str) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DataError(f"data.source: {path} cannot be read: {error.strerror or error}") from None
+        raise DataError(f"{asked}: {path} cannot be read: {error.strerror or error}") from None
 
 
 def _listed(statistics: Mapping[str, int | float | str]) -> str:
