@@ -114,7 +114,7 @@ def instructions(count: int, seed: int = 0, answers=("good", "bad", "poor"), lon
         "target": tuple(f"the value is {answer}" for answer in chosen),
         "choices": (tuple(f"the value is {answer}" for answer in answers),) * count,
         "answer": chosen,
-        "named": (answers,) * count,
+        "options": (answers,) * count,
     }
     return Examples(texts, np.zeros(count, dtype=np.int64), columns=columns)
 

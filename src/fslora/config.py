@@ -148,12 +148,14 @@ class DataConfig(Section):
     )
     response: str = Field("output", description="instruct: the column that holds what is to be answered.")
     answer: str | None = Field(
-        None, description="instruct: the column that holds the answer within the response, for choices and exact match."
+        None,
+        description="instruct: the column that holds the answer within the response, for choices and exact match; by "
+        "default the whole response is the answer.",
     )
     choices: str | tuple[str, ...] | None = Field(
         None,
-        description="instruct: what to choose from: a list, the column that holds one, or 'answer-format' (the prompt "
-        "says 'Answer format: a/b/c').",
+        description="instruct: what to choose from: a list, the column that holds one (as a list or as 'a/b/c'), or "
+        "'answer-format' (the prompt says 'Answer format: a/b/c').",
     )
     evaluate: Literal["loss", "choice", "generate"] = Field(
         "loss",
@@ -194,6 +196,13 @@ class DataConfig(Section):
     @classmethod
     def _from_list(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("choices")
+    @classmethod
+    def _some_choices(cls, value: Any) -> Any:
+        if isinstance(value, tuple) and len({choice.strip() for choice in value} - {""}) < max(2, len(value)):
+            raise ValueError("list two choices at least, e.g. ['yes', 'no'], all different and none empty")
+        return value
 
 
 class PartitionConfig(Section):
@@ -433,14 +442,34 @@ class Experiment(Section):
             raise ValueError(
                 f"fleet.min_rank {low}, fleet.max_rank {high} and adapter.rank {rank} must not decrease in this order"
             )
-        if self.data.task == "chapters" and self.data.source != "stdlib":
-            raise ValueError(f"data.source is {self.data.source!r}, but data.task 'chapters' exists for 'stdlib' only")
-        if self.data.task == "table" and self.data.source == "stdlib":
-            raise ValueError("data.source is 'stdlib', but data.task 'table' needs a file or a data set's hub name")
-        if self.data.task == "table" and self.partition.kind == "natural" and self.data.group is None:
+        return self
+
+    @model_validator(mode="after")
+    def _data_fit(self) -> Self:
+        data = self.data
+        if data.task == "chapters" and data.source != "stdlib":
+            raise ValueError(f"data.source is {data.source!r}, but data.task 'chapters' exists for 'stdlib' only")
+        if data.task in ("table", "instruct") and data.source == "stdlib":
+            raise ValueError(
+                f"data.source is 'stdlib', but data.task {data.task!r} needs a file or a data set's hub name"
+            )
+        if data.task in ("table", "instruct") and self.partition.kind == "natural" and data.group is None:
             raise ValueError(
                 "partition.kind is 'natural', but data.group names no column that tells whose row it is; "
-                "set data.group, or partition.kind to 'dirichlet' or 'iid'"
+                "set data.group ('file' where data.source is a folder or pattern of files), or partition.kind to "
+                "'dirichlet' or 'iid'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _choices_named(self) -> Self:
+        data = self.data
+        chosen = data.evaluate == "choice" or (data.evaluate == "generate" and data.extract == "choice")
+        if data.task == "instruct" and chosen and data.choices is None:
+            key = "evaluate" if data.evaluate == "choice" else "extract"
+            raise ValueError(
+                f"data.{key} is 'choice', but data.choices does not say what there is to choose from; set it to a "
+                "list, to the column that holds one, or to 'answer-format'"
             )
         return self
 

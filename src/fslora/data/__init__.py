@@ -9,6 +9,8 @@ import numpy as np
 
 from fslora.config import DataConfig
 from fslora.data.chapters import load_chapters
+from fslora.data.documents import load_text
+from fslora.data.instruct import load_instruct
 from fslora.data.table import load_table
 from fslora.data.types import Dataset, Examples
 from fslora.data.word_order import load_word_order
@@ -20,6 +22,8 @@ TASKS: Mapping[str, Callable[[DataConfig, Rng], Dataset]] = {
     "word-order": load_word_order,
     "chapters": load_chapters,
     "table": load_table,
+    "text": load_text,
+    "instruct": load_instruct,
 }
 
 

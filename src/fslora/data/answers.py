@@ -19,7 +19,7 @@ _IN_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(,\d{3})+(?!\d)", re.ASCII)
 _NUMBER = re.compile(
     r"""
     (?P<sign> (?<![\w.)]) [-+] )?                   # behind a word or a number it is a hyphen or an operator
-    (?: (?<![\d./]) (?P<over>\d{1,15}) / (?P<under>(?=\d*[1-9])\d{1,15}) (?! \d | / | \.\d )   # 3/4, but no part of a date
+    (?: (?<![\d./]) (?P<over>\d{1,15}) / (?P<under>(?=\d*[1-9])\d{1,15}) (?! \d | / | \.\d )   # no date
       | (?P<whole>\d+) (\.(?P<decimals>\d+))?
       | \.(?P<bare>\d+)
     )

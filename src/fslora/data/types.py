@@ -30,7 +30,7 @@ class Examples:
     columns: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """What else the kind of task needs: ``value`` (float), ``words`` and ``tags`` (tuples of str and of int, equally
     long), ``target`` (what a causal model writes after the text), ``choices`` (every target that it may choose from),
-    ``answer`` (what is looked for in the text that it writes)."""
+    ``answer`` (what is looked for in the text that it writes), ``options`` (the answers that the choices give)."""
 
     def __post_init__(self) -> None:
         """Checks that the columns fit together."""

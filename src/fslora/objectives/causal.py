@@ -86,7 +86,7 @@ class Causal(Objective):
             room = model.max_length - self.data.max_new_tokens
             columns["prompt"] = [_without_start(prompt, max(1, room)) for prompt in prompts]
             columns["answer"] = list(examples.columns["answer"])
-            columns["named"] = list(examples.columns.get("named", [()] * len(examples)))
+            columns["options"] = list(examples.columns.get("options", [()] * len(examples)))
         fields = {"input_ids": [ids for ids, _ in pairs], "token_labels": [labels for _, labels in pairs]}
         return Encoded(fields, examples.labels, fit.truncated, tokenizer.pad_token_id, fit.shortened, columns)
 
@@ -162,12 +162,12 @@ class Causal(Objective):
     def _written(self, base: Reader, data: Encoded) -> np.ndarray:
         """Whether the text that the model writes after each prompt holds the answer, bool [n]; greedy decoding."""
         right = np.zeros(len(data), dtype=bool)
-        prompts, answers, named = (data.columns[name] for name in ("prompt", "answer", "named"))
+        prompts, answers, options = (data.columns[name] for name in ("prompt", "answer", "options"))
         lengths = np.array([len(prompt) for prompt in prompts])
         for index in by_length(lengths + self.data.max_new_tokens):
             texts = base.generate([prompts[i] for i in index], self.data.max_new_tokens)
             for i, text in zip(index, texts, strict=True):
-                right[i] = found(self.data.extract, text, named[i], answers[i])
+                right[i] = found(self.data.extract, text, options[i], answers[i])
         return right
 
     def usage(self, max_length: int) -> str:
