@@ -35,7 +35,7 @@ from fslora.models.load import load_base
 from fslora.objectives import Classes
 from fslora.rng import Rng
 from fslora.runner import environment, peak_memory
-from fslora.types import Adapter, LocalProblem, LoRA
+from fslora.types import Adapter, LocalProblem, LoRA, Start
 
 SERVER_RANK, RANKS, LABELS = 64, (8, 16, 32, 48), ("no", "yes")
 TARGETS = {"qv": ("query", "value"), "all": "all-linear"}
@@ -57,7 +57,7 @@ def make(args: argparse.Namespace) -> dict[str, Callable[[], object]]:
             name: LoRA(torch.randn(rank, i, generator=draw) / i**0.5, torch.zeros(rank, o), SERVER_RANK / rank)
             for name, (i, o) in template.layers.items()
         }
-        problems.append(LocalProblem(client, Adapter(layers, template.dense), [batches[-1]], Rng(client)))
+        problems.append(LocalProblem(client, Start(Adapter(layers, template.dense)), [batches[-1]], Rng(client)))
     local = LocalConfig()
     cohort = CohortEngine(base, local, 0.0, args.clients)
     sequential = SequentialEngine(base, local, 0.0)
