@@ -168,9 +168,9 @@ def test_missing_column_is_an_error(key, tmp_path):
     [
         (
             [{"text": "a", "label": 0.5}, {"text": "b", "label": 1.0}],
-            "numbers such as 0.5; regression is not supported",
+            "numbers such as 0.5, which are no classes. Set data.task to 'regression'",
         ),
-        ([{"text": "a", "label": "0.25"}, {"text": "b", "label": "3"}], "numbers such as 0.25; regression"),
+        ([{"text": "a", "label": "0.25"}, {"text": "b", "label": "3"}], "numbers such as 0.25, which are no classes"),
         (
             [{"text": "a", "label": 1}, {"text": "b", "label": 1}],
             "only the class '1'; a classifier needs two",
@@ -220,9 +220,10 @@ def test_no_such_file_or_format(tmp_path):
     with pytest.raises(DataError, match=r"data.source is '.*gone.csv', but there is no such file"):
         load(tmp_path / "gone.csv")
     (tmp_path / "a.xlsx").write_text("")
-    for path in (tmp_path, tmp_path / "a.xlsx"):
-        with pytest.raises(DataError, match=r"a table is one file that ends in \.csv, \.csv\.gz, \.jsonl"):
-            load(path)
+    with pytest.raises(DataError, match=r"a table is one file that ends in \.csv, \.csv\.gz, \.jsonl"):
+        load(tmp_path / "a.xlsx")
+    with pytest.raises(DataError, match=r"in which there is no file that ends in \.csv, \.csv\.gz, \.jsonl"):
+        load(tmp_path)
     with pytest.raises(DataError, match=r"data.test is 'test', but there is no such file"):
         load(jsonl(tmp_path / "a.jsonl", ROWS), test="test")
 

@@ -114,6 +114,12 @@ class AdapterConfig(Section):
         return value
 
 
+TABLE_SUFFIXES = (".csv", ".csv.gz", ".jsonl", ".jsonl.gz", ".parquet")
+"""Files that are read as tables."""
+TABLE_TASKS = ("table", "regression", "tags", "images", "instruct")
+"""Tasks whose examples are rows of a table (or a folder of images), and never the standard library."""
+
+
 class DataConfig(Section):
     """What the clients learn."""
 
@@ -130,15 +136,21 @@ class DataConfig(Section):
         min_length=1,
         description="'stdlib' (the running Python's standard library, for word-order, chapters and text); for "
         "word-order and text also a text file or folder; for all others (and text) a CSV, JSONL or Parquet file, "
-        "a folder or pattern of such files (one per client, say), a LEAF file, or a data set's hub name.",
+        "a folder or pattern of such files, e.g. 'sites/*.csv', whose rows get a column 'file' (their file's name; the "
+        "default of data.group there), LEAF's .json files (columns user, x and y, or x0, x1, ...), or a data set's hub "
+        "name. images: a folder with a sub-folder per class, or such a table.",
     )
     subset: str | None = Field(None, description="Hub data sets: the configuration's name, e.g. 'sst2' of 'glue'.")
-    text: str = Field("text", description="Tables: the column that holds the text (tags: the words; images: the path).")
+    text: str = Field(
+        "text",
+        description="Tables: the column that holds the text (tags: a list of words; images: a path, relative to the "
+        "table's folder).",
+    )
     text_pair: str | None = Field(None, description="Tables: the column that holds a second text, if there is one.")
     label: str = Field(
         "label",
-        description="Tables: the column that holds the class, the number, or the tags. text, instruct: the column "
-        "whose values a Dirichlet partition skews, if there is such a column.",
+        description="Tables: the column that holds the class, the number, or the list of tags; 'file' for the file's "
+        "name. text, instruct: the column whose values a Dirichlet partition skews, if there is such a column.",
     )
     prompt: str = Field(
         "headings",
@@ -178,13 +190,20 @@ class DataConfig(Section):
         description="What runs are judged by, e.g. 'matthews', 'f1', 'spearman'; by default accuracy, the Pearson "
         "correlation, exact match or perplexity, as the task has it.",
     )
-    group: str | None = Field(None, description="Tables: the column that tells whose row it is (natural partitions).")
+    group: str | None = Field(
+        None,
+        description="Tables: the column that tells whose row it is (natural partitions); by default 'file' for a "
+        "folder or pattern of files, and 'user' for LEAF's.",
+    )
     train_split: str = Field("train", description="Hub data sets: the name of the training split.")
     validation: str | None = Field(
-        None, description="table: validation file, or split of a hub data set; by default a share of train."
+        None,
+        description="Tables: validation file, folder or pattern, or split of a hub data set; by default a share of "
+        "train.",
     )
     test: str | None = Field(
-        None, description="table: test file, or split of a hub data set; by default a share of train."
+        None,
+        description="Tables: test file, folder or pattern, or split of a hub data set; by default a share of train.",
     )
     validation_share: float = Field(0.1, gt=0, lt=0.5, description="Share for validation where no split is given.")
     test_share: float = Field(0.15, gt=0, lt=0.5, description="Share held out for the test where no split is given.")
@@ -449,17 +468,35 @@ class Experiment(Section):
         data = self.data
         if data.task == "chapters" and data.source != "stdlib":
             raise ValueError(f"data.source is {data.source!r}, but data.task 'chapters' exists for 'stdlib' only")
-        if data.task in ("table", "instruct") and data.source == "stdlib":
+        if data.task in TABLE_TASKS and data.source == "stdlib":
             raise ValueError(
-                f"data.source is 'stdlib', but data.task {data.task!r} needs a file or a data set's hub name"
+                f"data.source is 'stdlib', but data.task {data.task!r} needs a file, a folder or pattern of files"
+                + (" (or of images)" if data.task == "images" else ", or a data set's hub name")
             )
-        if data.task in ("table", "instruct") and self.partition.kind == "natural" and data.group is None:
+        if data.task in ("tags", "images") and data.text_pair is not None:
+            raise ValueError(
+                f"data.text_pair is {data.text_pair!r}, but data.task {data.task!r} has no second text; remove it"
+            )
+        if data.task in TABLE_TASKS and self.partition.kind == "natural" and data.group is None:
+            self._check_owners()
+        return self
+
+    def _check_owners(self) -> None:
+        """Refuses what cannot have groups, by its name alone: a run folder has to load where its data are not."""
+        data = self.data
+        pattern = any(sign in data.source for sign in "*?[")
+        one_table = data.source.lower().endswith(TABLE_SUFFIXES) and not pattern
+        if data.task == "images" and not one_table and not pattern:
+            raise ValueError(
+                f"partition.kind is 'natural', but a folder of images ({data.source}) does not tell whose they are; "
+                "set partition.kind to 'dirichlet' or 'iid', or give a table of paths and data.group"
+            )
+        if one_table or data.subset is not None:
             raise ValueError(
                 "partition.kind is 'natural', but data.group names no column that tells whose row it is; "
-                "set data.group ('file' where data.source is a folder or pattern of files), or partition.kind to "
-                "'dirichlet' or 'iid'"
+                "set data.group, or partition.kind to 'dirichlet' or 'iid', or give a folder or pattern of files, "
+                "one per client"
             )
-        return self
 
     @model_validator(mode="after")
     def _choices_named(self) -> Self:

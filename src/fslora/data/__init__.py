@@ -10,8 +10,11 @@ import numpy as np
 from fslora.config import DataConfig
 from fslora.data.chapters import load_chapters
 from fslora.data.documents import load_text
+from fslora.data.images import load_images
 from fslora.data.instruct import load_instruct
+from fslora.data.regression import load_regression
 from fslora.data.table import load_table
+from fslora.data.tags import load_tags
 from fslora.data.types import Dataset, Examples
 from fslora.data.word_order import load_word_order
 from fslora.rng import Rng
@@ -24,6 +27,9 @@ TASKS: Mapping[str, Callable[[DataConfig, Rng], Dataset]] = {
     "table": load_table,
     "text": load_text,
     "instruct": load_instruct,
+    "regression": load_regression,
+    "tags": load_tags,
+    "images": load_images,
 }
 
 
