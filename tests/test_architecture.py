@@ -23,7 +23,7 @@ ALLOWED = {
     "fleet": {"config", "rng", "types"},
     "models": {"config", "objectives", "rng", "types"},
     "engine": {"config", "data", "rng", "types", "models"},
-    "report": {"types"},
+    "report": {"types", "metrics"},
 }
 
 

@@ -20,6 +20,7 @@ from fslora.compare.plan import BASELINES, ROUNDS_CEILING, make_plan
 from fslora.console import Silent
 from fslora.errors import ConfigError
 from fslora.methods import METHODS
+from fslora.metrics import METRICS
 from fslora.runfolder import RunFolder
 
 FSLORA = [sys.executable, "-c", "from fslora.cli import main; main()"]
@@ -41,7 +42,7 @@ class Stage:
         self.total = total
         yield self
 
-    def started(self, name, done, rounds):
+    def started(self, name, done, rounds, metric):
         stage = self
 
         class Stopping(Silent):
@@ -361,6 +362,33 @@ def scores(accuracy: float, loss: float) -> Outcome:
 def test_the_choice_is_accuracy_then_loss_then_order_and_a_failure_is_worst(small, tmp_path, first, second, chosen):
     book, entry = outcomes_of(small, tmp_path, first, second)
     assert book.choice(entry) == chosen
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "second", "chosen"),
+    [
+        ("perplexity", 24.0, 23.0, 1),
+        ("perplexity", 23.0, 24.0, 0),
+        ("perplexity", float("inf"), 1e9, 1),
+        ("perplexity", None, 1e9, 1),
+        ("matthews", 0.3, 0.2, 0),
+        ("matthews", -0.3, 0.2, 1),
+    ],
+)
+def test_the_choice_is_by_the_metric_in_its_direction(small, tmp_path, name, first, second, chosen):
+    """Whatever else the scores hold (accuracy says the opposite here); where the metric is equal, the loss decides."""
+    points = []
+    for value, accuracy in ((first, 0.1 + chosen), (second, 1.1 - chosen)):
+        folder = RunFolder(tmp_path / f"point-{len(points)}")
+        folder.path.mkdir()
+        folder.write_json("data.json", {"metric": METRICS[name].as_dict()})
+        folder.append_metrics({"round": 1, "validation": {"loss": 1.0, "accuracy": accuracy, name: value}})
+        points.append(Outcome.of(folder))
+    book, entry = outcomes_of(small, tmp_path, *points)
+    assert book.choice(entry) == chosen
+    equal = [Outcome(validation={name: 0.5, "loss": loss}, metric=METRICS[name]) for loss in (2.0, 1.0)]
+    book, entry = outcomes_of(small, tmp_path, *equal)
+    assert book.choice(entry) == 1
 
 
 def test_the_choice_waits_for_every_point(small, tmp_path):

@@ -19,7 +19,6 @@ from rich.console import Console
 from fslora.errors import ArtifactError
 from fslora.report import (
     Table,
-    accuracy_figure,
     class_table,
     clients_table,
     closing_table,
@@ -33,6 +32,7 @@ from fslora.report import (
     partition_figure,
     read_run,
     save,
+    score_figure,
     statistics_table,
     write_page,
 )
@@ -398,8 +398,8 @@ def test_the_closing_table_fits_the_terminal(whole: tuple[Path, Page], width: in
 
 def test_cells_are_no_markup(tmp_path: Path) -> None:
     data = parse_data(
-        {"label_names": ["[red]x[/red]"], "fleet": [{"id": 0, "rank": 1, "examples": 2}]}
-        | {"partition": {"label_counts": [[2]]}}
+        {"label_names": ["[red]x[/red]", "y"], "fleet": [{"id": 0, "rank": 1, "examples": 2}]}
+        | {"partition": {"label_counts": [[2, 0]]}}
     )
     assert "[red]x[/red] 100 %" in printed(fleet_table(data), 120)
     assert "\\[red\\]x" in fleet_table(data).markdown()
@@ -423,12 +423,12 @@ def test_client_tables_add_up_to_the_rounds(whole: tuple[Path, Page]) -> None:
 
 def test_curves_are_the_recorded_values(whole: tuple[Path, Page]) -> None:
     record = read_run(whole[0])
-    figure = accuracy_figure(record.runs)
+    figure = score_figure(record.runs)
     assert figure is not None
     evaluated = [row for row in record.rounds if row.validation]
     rounds, traffic = (axes.lines[0] for axes in figure.axes)
     np.testing.assert_array_equal(rounds.get_xdata(), [row.round for row in evaluated])
-    accuracies = [row.validation.accuracy for row in evaluated if row.validation]
+    accuracies = [row.validation["accuracy"] for row in evaluated if row.validation]
     np.testing.assert_array_equal(rounds.get_ydata(), accuracies)
     np.testing.assert_allclose(traffic.get_xdata(), [row.bytes_total / 1e6 for row in evaluated])
     dashed = figure.axes[0].lines[-1]
@@ -439,7 +439,7 @@ def test_curves_are_the_recorded_values(whole: tuple[Path, Page]) -> None:
 def test_runs_keep_their_colours_and_leave_no_setting_behind(whole: tuple[Path, Page]) -> None:
     before = dict(matplotlib.rcParams)
     record = read_run(whole[0])
-    drawn = [accuracy_figure(record.runs), loss_figure(record.runs)]
+    drawn = [score_figure(record.runs), loss_figure(record.runs)]
     colours = [[line.get_color() for line in figure.axes[1].lines[:3]] for figure in drawn if figure]
     assert colours[0] == colours[1]
     assert len(set(colours[0])) == 3
@@ -466,7 +466,7 @@ def test_an_interrupted_run_is_reported_as_far_as_it_came(tmp_path: Path) -> Non
     assert row["validation"] == metric_rows(made)[-1]["validation"]["accuracy"]
 
 
-def test_a_run_without_evaluation_has_no_accuracy_figure(tmp_path: Path) -> None:
+def test_a_run_without_evaluation_has_no_score_figure(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", Made(rounds=2, eval_every=None, finished=False, clients=4, cohort=4))
     (run / "baseline.json").unlink()
     assert "Nothing has been evaluated yet." in page_of(run).words

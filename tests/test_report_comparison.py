@@ -690,12 +690,12 @@ def test_curves_are_means_over_seeds(whole: Path) -> None:
     entry = entries_of(whole)["fedit"]
     curve = mean_curve(
         list(entry.runs.values()),
-        lambda row: row.validation.accuracy if row.validation else None,
+        lambda row: row.validation["accuracy"] if row.validation else None,
         lambda row: float(row.bytes_total),
     )
     assert curve is not None
     rows = [[row for row in run.rounds if row.validation] for run in entry.runs.values()]
-    values = np.array([[row.validation.accuracy for row in run] for run in rows])
+    values = np.array([[row.validation["accuracy"] for row in run] for run in rows])
     np.testing.assert_allclose(curve.mean, values.mean(0))
     np.testing.assert_allclose(curve.low, values.min(0))
     np.testing.assert_allclose(curve.high, values.max(0))
@@ -710,7 +710,7 @@ def test_runs_that_a_budget_ends_in_different_rounds(tmp_path: Path) -> None:
     entries = results(read_comparison(path))
     curve = mean_curve(
         list(entries[0].runs.values()),
-        lambda row: row.validation.accuracy if row.validation else None,
+        lambda row: row.validation["accuracy"] if row.validation else None,
         lambda row: float(row.round),
     )
     assert curve is not None
@@ -794,7 +794,7 @@ def test_rows_show_ranks_and_clients(small: Path) -> None:
     assert figure is not None
     dots = figure.axes[0].collections[1].get_offsets()
     entry = max((e for e in entries if not e.entry.baseline), key=lambda e: e.own.mean)
-    ranks = [c.accuracy for c in entry.clients if c.rank == 24]
+    ranks = [c.value for c in entry.clients if c.rank == 24]
     assert dots[-1][0] == pytest.approx(np.mean(ranks))
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [f"rank {rank}" for rank in RANKS]
     figure = fairness_figure(entries, looks)

@@ -166,7 +166,8 @@ def data(
     console = Console(highlight=False)
     tables = (fleet_table(record),) if quiet else (statistics_table(record), class_table(record), fleet_table(record))
     for table in tables:
-        console.print(table.rich())
+        if table.rows:
+            console.print(table.rich())
     console.print(f"partition digest {described['partition']['digest']}\nplot: {plot}", soft_wrap=True)
 
 

@@ -10,10 +10,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from fslora.report.text import byte_text, percent
+from fslora.metrics import METRICS
+from fslora.report.merit import short, value_text
+from fslora.report.text import byte_text
 from fslora.simulate import Watcher
 
-FACTS = ("loss", "accuracy", "sent", "dropped")
+FACTS = ("loss", "score", "sent", "dropped")
 """In the order in which the bar shows them; together they fit a terminal of 80 columns."""
 
 
@@ -29,9 +31,9 @@ class Silent:
     def round_done(self, row: Mapping[str, Any]) -> None:
         """Nothing."""
 
-    def started(self, name: str, done: int, rounds: int | None) -> Watcher:
+    def started(self, name: str, done: int, rounds: int | None, metric: str | None) -> Watcher:
         """Nothing."""
-        del name, done, rounds
+        del name, done, rounds, metric
         return self
 
     def ended(self, name: str, text: str, total: int) -> None:
@@ -39,9 +41,16 @@ class Silent:
 
 
 class RoundBar:
-    """A progress bar over rounds, with the round's clients, loss, bytes and the last validation accuracy."""
+    """A progress bar over rounds, with the round's clients, loss, bytes and the last validation score.
 
-    def __init__(self, progress: Progress, task: TaskID) -> None:
+    Args:
+        progress: What it is drawn in.
+        task: The bar.
+        metric: What the experiment says that it is judged by; None: what its task is.
+    """
+
+    def __init__(self, progress: Progress, task: TaskID, metric: str | None = None) -> None:
+        self._metric = metric
         self._progress = progress
         self._task = task
         self._clients = ""
@@ -61,11 +70,11 @@ class RoundBar:
         self._show()
 
     def round_done(self, row: Mapping[str, Any]) -> None:
-        """Shows the round's mean loss, bytes so far and, where it was evaluated, accuracy."""
+        """Shows the round's mean loss, bytes so far and, where it was evaluated, score."""
         if "loss" in row:
             self._facts["loss"] = f"loss {row['loss']:.3f}"
         if row.get("validation"):
-            self._facts["accuracy"] = f"acc {percent(row['validation']['accuracy'])}"
+            self._facts |= score_fact(row["validation"], self._metric)
         self._facts["sent"] = byte_text(row["bytes_total"])
         if row.get("dropped"):
             self._facts["dropped"] = f"{len(row['dropped'])} dropped"
@@ -90,6 +99,18 @@ class StepBar:
         self._progress.update(self._task, completed=number, facts=f"steps  loss {loss:.3f}")
 
 
+def score_fact(scores: Mapping[str, float | None], metric: str | None) -> dict[str, str]:
+    """Returns the score to show, as a fact: by a metric, or by the first of ``METRICS`` that there is.
+
+    Their order is that of what tasks are judged by as they stand.
+    """
+    name = next((name for name in (metric, *METRICS) if name in METRICS and name in scores), None)
+    if name is None:
+        return {}
+    shown = METRICS[name]
+    return {"score": f"{short(shown).removesuffix('.')} {value_text(shown, scores[name])}"}
+
+
 class CellBars:
     """One bar over the cells of a comparison, and one below it for each cell that runs."""
 
@@ -98,11 +119,11 @@ class CellBars:
         self._all = progress.add_task(f"{'cells':<11}", total=total, completed=done, facts="")
         self._running: dict[str, TaskID] = {}
 
-    def started(self, name: str, done: int, rounds: int | None) -> Watcher:
+    def started(self, name: str, done: int, rounds: int | None, metric: str | None) -> Watcher:
         """Opens a bar over the cell's rounds."""
         task = self._progress.add_task(name, total=rounds, completed=done, facts="")
         self._running[name] = task
-        return RoundBar(self._progress, task)
+        return RoundBar(self._progress, task, metric)
 
     def ended(self, name: str, text: str, total: int) -> None:
         """Replaces the cell's bar by a line."""
@@ -132,14 +153,14 @@ class Terminal:
             self._console.print(text, markup=False, soft_wrap=True)
 
     @contextmanager
-    def rounds(self, name: str, done: int, total: int) -> Iterator[Watcher]:
+    def rounds(self, name: str, done: int, total: int, metric: str | None = None) -> Iterator[Watcher]:
         """Shows a progress bar for one run's rounds, unless quiet."""
         if self._quiet:
             yield Silent()
             return
         with self._progress() as progress:
             task = progress.add_task(f"{name:<11}", total=total, completed=done, facts="")
-            yield RoundBar(progress, task)
+            yield RoundBar(progress, task, metric)
 
     @contextmanager
     def cells(self, done: int, total: int) -> Iterator[Silent | CellBars]:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from fslora.config import load
 from fslora.errors import ArtifactError, ConfigError
 from fslora.export import export_merged, lower_rank, rank_for_energy
 from fslora.prepare import Federation, Workshop
-from fslora.report.text import percent
+from fslora.report.merit import LOSS, value_text
+from fslora.report.read import parse_metric, score
+from fslora.report.tables import label_rows
+from fslora.report.text import NONE
 from fslora.runfolder import RunFolder
 from fslora.runner import Stage, Untrained, by_label, client_scores, read_adapters, scored, write_adapter
 from fslora.types import Adapter, ClientMemory, ServerState, Site
@@ -40,16 +45,25 @@ def evaluate_run(path: Path, stage: Stage) -> dict[str, Any]:
 
 def tables(result: dict[str, Any]) -> list[Table]:
     """Returns the result of ``evaluate_run`` for the terminal."""
-    whole = Table("", "before", "after", title="Global adapter on the test split", title_justify="left")
-    for key, show in (("accuracy", percent), ("loss", "{:.4f}".format)):
-        whole.add_row(key, *(show(result["test"][when][key]) for when in ("before", "after")))
-    clients = Table(
-        "client", "rank", "examples", "before", "after", title="Global adapter on own examples", title_justify="left"
-    )
+    metric = parse_metric(result, "the result")
+    show, name, parts = partial(value_text, metric), metric.name, ("before", "after")
+    whole = Table("", *parts, title="Global adapter on the test split", title_justify="left")
+    whole.add_row(metric.label, *(show(score(result["test"][part], name)) for part in parts))
+    if name != LOSS.name:
+        whole.add_row("loss", *(_loss_text(score(result["test"][part], "loss")) for part in parts))
+    by_label = {part: {label: entry[part] for label, entry in result.get("by_label", {}).items()} for part in parts}
+    labels = Table("label", *parts, title=f"Test {metric.label} by label", title_justify="left")
+    for row in label_rows(metric, by_label):
+        labels.add_row(Text(row["label"]), *(show(row[part]) for part in parts))
+    clients = Table("client", "rank", "examples", *parts, title="Global adapter on own examples", title_justify="left")
     for entry in result["clients"]:
-        accuracy = [percent(entry[when] and entry[when]["accuracy"]) for when in ("before", "after")]
-        clients.add_row(str(entry["id"]), str(entry["rank"]), str(entry["examples"]), *accuracy)
-    return [whole, clients] if result["clients"] else [whole]
+        scores = [show(score(entry[part], name)) for part in parts]
+        clients.add_row(str(entry["id"]), str(entry["rank"]), str(entry["examples"]), *scores)
+    return [table for table in (whole, labels, clients) if table.row_count]
+
+
+def _loss_text(loss: float | None) -> str:
+    return NONE if loss is None else f"{loss:.4f}"
 
 
 def export_run(

@@ -14,7 +14,8 @@ from fslora.compare.plan import Cell, Key, make_plan
 from fslora.compare.worker import Bench
 from fslora.config import Experiment, load, to_toml
 from fslora.errors import FsloraError
-from fslora.report.text import percent
+from fslora.report.merit import outcome_text
+from fslora.report.read import score
 from fslora.runfolder import RunFolder
 from fslora.runner import environment
 from fslora.simulate import Watcher
@@ -26,8 +27,11 @@ PATIENCE = 0.5
 class Board(Protocol):
     """Where the cells of a comparison are shown."""
 
-    def started(self, name: str, done: int, rounds: int | None) -> Watcher:
-        """A cell runs, with so many rounds behind it; None rounds where another budget ends it."""
+    def started(self, name: str, done: int, rounds: int | None, metric: str | None) -> Watcher:
+        """A cell runs, with so many rounds behind it; None rounds where another budget ends it.
+
+        ``metric`` is the one that its experiment names; None where that is left to the task.
+        """
 
     def ended(self, name: str, text: str, total: int) -> None:
         """A cell has ended, as ``text`` says; ``total`` cells are needed as far as is known."""
@@ -105,14 +109,16 @@ def write_report(path: Path) -> Path:
 
 
 def _show(ledger: Ledger, cell: Cell, board: Board) -> Watcher:
-    run = cell.experiment.run
-    return board.started(_name(ledger, cell), ledger.run_folder(cell).rounds_done, None if run.budget else run.rounds)
+    run, done = cell.experiment.run, ledger.run_folder(cell).rounds_done
+    metric = cell.experiment.data.metric
+    return board.started(_name(ledger, cell), done, None if run.budget else run.rounds, metric)
 
 
 def _settle(ledger: Ledger, cell: Cell, error: str | None, board: Board) -> None:
     ledger.settle(cell, error)
-    name, scores = _name(ledger, cell), ledger.outcomes[cell.key].validation
-    how = f"failed: {error}" if error else f"{percent(scores['accuracy'] if scores else None)} right on validation"
+    name, outcome = _name(ledger, cell), ledger.outcomes[cell.key]
+    reached = outcome_text(outcome.metric, score(outcome.validation, outcome.metric.name))
+    how = f"failed: {error}" if error else f"{reached} on validation"
     board.ended(name, f"{name}: {how}", ledger.total)
 
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
-from math import inf, isfinite
+from math import inf
 from pathlib import Path
 from typing import Any
 
 from fslora.compare.plan import Cell, Contestant, Key, Plan, dotted
 from fslora.errors import FsloraError
+from fslora.metrics import Metric
+from fslora.report.merit import ACCURACY, goodness
+from fslora.report.read import parse_metric, score
 from fslora.runfolder import RunFolder
 
 FORMAT = 1
@@ -29,6 +32,20 @@ class Outcome:
     """Why it failed; None when it is finished."""
     validation: dict[str, float] | None = None
     """Its last scores on the validation split."""
+    metric: Metric = ACCURACY
+    """What they are compared by."""
+
+    @classmethod
+    def of(cls, folder: RunFolder) -> Outcome:
+        """Returns the outcome of a run that finished."""
+        metric = parse_metric(folder.read_json("data.json"), folder.path / "data.json")
+        return cls(validation=_last_validation(folder), metric=metric)
+
+    @property
+    def merit(self) -> tuple[float, float]:
+        """The higher the better: by the metric, then by the loss; lowest for a failure, or where nothing is known."""
+        value, loss = score(self.validation, self.metric.name), score(self.validation, "loss")
+        return -inf if value is None else goodness(self.metric, value), -inf if loss is None else -loss
 
 
 @dataclass
@@ -49,7 +66,7 @@ class Ledger:
         for cell in plan.cells:
             folder = ledger.run_folder(cell)
             if folder.finished:
-                ledger.outcomes[cell.key] = Outcome(validation=_last_validation(folder))
+                ledger.outcomes[cell.key] = Outcome.of(folder)
             elif failed := folder.read_json(FAILED):
                 ledger.outcomes[cell.key] = Outcome(failed["error"])
                 ledger.again.add(cell.key)
@@ -63,7 +80,7 @@ class Ledger:
         """Notes that a cell ended, and writes it down."""
         folder = self.run_folder(cell)
         self.again.discard(cell.key)
-        self.outcomes[cell.key] = Outcome(error, None if error else _last_validation(folder))
+        self.outcomes[cell.key] = Outcome(error) if error else Outcome.of(folder)
         if error:
             with suppress(FsloraError):  # the folder itself may be what failed; comparison.json has the error too
                 folder.write_json(FAILED, {"error": error})
@@ -72,15 +89,15 @@ class Ledger:
     def choice(self, contestant: Contestant) -> int | None:
         """Returns the point that a contestant is compared at; None while that is open, or when every point failed.
 
-        The points are compared by their final scores on the validation split with the first seed: highest accuracy,
-        then lowest loss, then first in the grid. The test split has no say.
+        The points are compared by their final scores on the validation split with the first seed: best by the
+        experiment's metric, then lowest loss, then first in the grid. The test split has no say.
         """
         if len(contestant.points) == 1:
             return 0
         ended = self._first_seed(contestant)
         if None in ended or self._hopeless(contestant):
             return None
-        return max(range(len(ended)), key=lambda point: _merit(ended[point]))
+        return max(range(len(ended)), key=lambda point: (ended[point] or Outcome()).merit)
 
     def needed(self) -> list[Cell]:
         """Returns the cells known to be needed, in order: every point with the first seed, the chosen with the rest."""
@@ -176,11 +193,3 @@ class Ledger:
 def _last_validation(folder: RunFolder) -> dict[str, float] | None:
     scores = [row["validation"] for row in folder.metrics() if row.get("validation")]
     return scores[-1] if scores else None
-
-
-def _merit(outcome: Outcome | None) -> tuple[float, float]:
-    """The higher the better; lowest for a point that failed."""
-    if outcome is None or outcome.error or outcome.validation is None:
-        return -inf, -inf
-    accuracy, loss = outcome.validation["accuracy"], outcome.validation["loss"]
-    return accuracy, -loss if isfinite(loss) else -inf

@@ -22,7 +22,7 @@ from typing import Any
 from fslora.config import TABLE_SUFFIXES
 from fslora.errors import DataError
 
-LEAF_SUFFIX = ".json"
+JSON_SUFFIX = ".json"
 LEAF_KEYS = ("users", "num_samples", "user_data")
 
 
@@ -32,17 +32,17 @@ def suffix_of(path: Path, suffixes: Sequence[str]) -> str | None:
 
 
 def read_file(path: Path, shown: str, key: str) -> Any:
-    """Returns the table of one CSV, JSONL, Parquet or LEAF file.
+    """Returns the table of one CSV, JSONL, Parquet or JSON file (a list of rows, or LEAF's form).
 
     Args:
-        path: A file that ends in one of ``TABLE_SUFFIXES`` or in ``LEAF_SUFFIX``.
+        path: A file that ends in one of ``TABLE_SUFFIXES`` or in ``JSON_SUFFIX``.
         shown: The file as the user wrote it, for messages.
         key: The key of the configuration that named it, for messages.
 
     Raises:
         DataError: The file cannot be read; the message gives the line, or the LEAF user.
     """
-    suffix = suffix_of(path, (*TABLE_SUFFIXES, LEAF_SUFFIX))
+    suffix = suffix_of(path, (*TABLE_SUFFIXES, JSON_SUFFIX))
     assert suffix is not None
     try:
         # load_dataset would count the call at the hub even for a local file; these readers do not. They take a
@@ -109,18 +109,31 @@ def _read_parquet(path: Path, cache: str) -> Any:
     return datasets.Dataset.from_parquet(glob.escape(str(path)), cache_dir=cache, keep_in_memory=True)
 
 
-def _read_leaf(path: Path, cache: str) -> Any:
+def _read_json(path: Path, cache: str) -> Any:
+    """A list of objects, one per row; or a LEAF file."""
     import datasets
 
     content = json.loads(path.read_bytes())
-    return datasets.Dataset.from_dict(_leaf_columns(content))
+    if not isinstance(content, list):
+        return datasets.Dataset.from_dict(_leaf_columns(content))
+    stranger = next((place for place, row in enumerate(content, start=1) if not isinstance(row, dict)), None)
+    if stranger is not None or not content:
+        raise ValueError(f"entry {stranger} is no JSON object" if stranger else "it is an empty list")
+    names = dict.fromkeys(name for row in content for name in row)
+    return datasets.Dataset.from_dict({name: _of_one_type([row.get(name) for row in content]) for name in names})
+
+
+def is_leaf(path: Path) -> bool:
+    """Returns whether a .json file is one object, as LEAF's are, and not a list of rows."""
+    with path.open("rb") as file:
+        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{")
 
 
 _FILE_READERS: Mapping[str, Callable[[Path, str], Any]] = {
     ".csv": _read_csv,
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
-    LEAF_SUFFIX: _read_leaf,
+    JSON_SUFFIX: _read_json,
 }
 
 
@@ -132,8 +145,8 @@ def _leaf_columns(content: Any) -> dict[str, list[Any]]:
     lacks = [key for key in LEAF_KEYS if key not in content] if isinstance(content, dict) else list(LEAF_KEYS)
     if lacks:
         raise ValueError(
-            f"as a .json file it has to be of LEAF's form, but it has no {' and no '.join(map(repr, lacks))}; "
-            "write other rows as .jsonl, one object per line"
+            f"as a .json file it has to be a list of rows, or of LEAF's form, but it has no "
+            f"{' and no '.join(map(repr, lacks))}"
         )
     if not all(isinstance(content[key], kind) for key, kind in zip(LEAF_KEYS, (list, list, dict), strict=True)):
         raise ValueError("'users' and 'num_samples' have to be lists, and 'user_data' an object")

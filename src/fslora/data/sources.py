@@ -6,7 +6,7 @@ is the default there, every file is one site, and with ``data.label = "file"`` a
 A file's own column ``file`` gives way to that one, unless the experiment names it, which is an error.
 
 Hidden files are passed over. Of a folder's files those of ``TABLE_SUFFIXES`` are read; where there are none, its
-``.json`` files, which have to be of LEAF's form (columns user, x and y; the default group is the user).
+``.json`` files: lists of rows, or of LEAF's form (columns user, x and y; the default group is the user).
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from fslora.config import TABLE_SUFFIXES, DataConfig
-from fslora.data.readers import LEAF_SUFFIX, read_file, read_hub, suffix_of
+from fslora.data.readers import JSON_SUFFIX, is_leaf, read_file, read_hub, suffix_of
 from fslora.errors import DataError
 
 FILE, USER = "file", "user"
 """The columns that a source of many files, and a LEAF file, bring along."""
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _PATTERN = re.compile(r"[*?\[]")
-_SUFFIXES = (*TABLE_SUFFIXES, LEAF_SUFFIX)
+_SUFFIXES = (*TABLE_SUFFIXES, JSON_SUFFIX)
 _OPTIONAL = ("input",)
 """Columns that are empty in the files that have none: an instruction may come without an input."""
 
@@ -61,7 +61,7 @@ def default_group(config: DataConfig) -> str | None:
     if config.group is not None or not is_local(config.source):
         return config.group
     paths, many = _files(config.source, "data.source")
-    if suffix_of(paths[0], TABLE_SUFFIXES) is None:
+    if suffix_of(paths[0], TABLE_SUFFIXES) is None and is_leaf(paths[0]):
         return USER
     return FILE if many else None
 
@@ -128,8 +128,8 @@ def _files(source: str, key: str) -> tuple[list[Path], bool]:
     if path.is_file():
         if suffix_of(path, _SUFFIXES) is None:
             raise DataError(
-                f"{key} is {source!r}; a table is one file that ends in {forms} (or {LEAF_SUFFIX}, of LEAF's form), "
-                "or a folder or pattern of such files"
+                f"{key} is {source!r}; a table is one file that ends in {forms} or {JSON_SUFFIX} (a list of rows, or of LEAF's "
+                "form), or a folder or pattern of such files"
             )
         return [path], False
     if not source or not (path.is_dir() or _PATTERN.search(source)):
@@ -139,11 +139,11 @@ def _files(source: str, key: str) -> tuple[list[Path], bool]:
     shortest_last = sorted(below, key=lambda file: (len(file.parts), file), reverse=True)
     found = sorted({file.resolve(): file for file in shortest_last}.values())  # each once, whatever links lead to it
     tables = [file for file in found if suffix_of(file, TABLE_SUFFIXES)]
-    leaves = [file for file in found if suffix_of(file, [LEAF_SUFFIX])]
+    leaves = [file for file in found if suffix_of(file, [JSON_SUFFIX])]
     if not tables and not leaves:
         place = "in which" if path.is_dir() else "to which"
         raise DataError(
-            f"{key} is {source!r}, {place} there is no file that ends in {forms} or {LEAF_SUFFIX}; "
+            f"{key} is {source!r}, {place} there is no file that ends in {forms} or {JSON_SUFFIX}; "
             "give one such file, or a folder or pattern of them"
         )
     return tables or leaves, True

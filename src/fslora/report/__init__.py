@@ -4,13 +4,13 @@ from fslora.report.comparison_page import write_comparison
 from fslora.report.comparison_tables import comparison_table
 from fslora.report.figures import (
     Drawn,
-    accuracy_figure,
     bytes_figure,
     client_scores_figure,
     coverage_figure,
     draw_all,
     loss_figure,
     partition_figure,
+    score_figure,
 )
 from fslora.report.headline import Headline, headline
 from fslora.report.page import write_page
@@ -32,7 +32,6 @@ __all__ = [
     "Headline",
     "RunRecord",
     "Table",
-    "accuracy_figure",
     "bytes_figure",
     "class_table",
     "client_scores_figure",
@@ -49,6 +48,7 @@ __all__ = [
     "partition_figure",
     "read_run",
     "save",
+    "score_figure",
     "statistics_table",
     "write_comparison",
     "write_page",

@@ -11,21 +11,22 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import PercentFormatter
 
-from fslora.report.read import ClientScores, RunRecord, Scores
+from fslora.metrics import Metric
+from fslora.report.read import ClientScores, RunRecord, Scores, score
 from fslora.report.style import (
     INK,
     MUTED,
     bar_width,
     by_rank,
     client_axis,
+    label,
     legend_above,
     line,
     rank_colours,
     rank_panel,
     run_styles,
-    score,
+    score_axis,
     styled,
 )
 from fslora.report.text import byte_unit
@@ -63,12 +64,12 @@ def bytes_figure(record: RunRecord) -> Figure | None:
 
 @styled
 def client_scores_figure(records: Sequence[RunRecord]) -> Figure | None:
-    """Returns each client's accuracy on its own test before and after, and means by rank for every run.
+    """Returns each client's score on its own test before and after, and means by rank for every run.
 
-    Bars and order follow the main run, which is the first record. None where it has no such scores.
+    Bars, order and metric follow the main run, which is the first record. None where it has no such scores.
     """
-    record = records[0]
-    scores = _own_scores(record)
+    record, metric = records[0], records[0].metric
+    scores = _own_scores(record, metric)
     fleet = [client for client in record.fleet if client.id in scores]
     if not fleet:
         return None
@@ -79,13 +80,13 @@ def client_scores_figure(records: Sequence[RunRecord]) -> Figure | None:
     rank_panel(figure.add_subplot(grid[0, 0], sharex=main), fleet, order)
     ordered = [scores[fleet[position].id] for position in order]
     shades = [colours[fleet[position].rank] for position in order]
-    before, after = ([_accuracy(part) for part in parts] for parts in _parts(ordered))
+    before, after = ([_value(part, metric) for part in parts] for parts in _parts(ordered))
     places, dot = range(len(order)), 26 if len(order) <= 60 else 12
     main.vlines(places, before, after, colors=shades, linewidth=1.2, alpha=0.7)
     main.scatter(places, before, dot, "white", edgecolors=shades, linewidths=1.1, zorder=3, clip_on=False)
     main.scatter(places, after, dot, shades, zorder=4, clip_on=False)
-    main.set_ylabel("accuracy on own test")
-    main.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    main.set_ylabel(f"{label(metric.label)} on own test")
+    score_axis(main, "y", metric, [value for value in (*before, *after) if isfinite(value)])
     client_axis(main, fleet, order)
     handles = _rank_means(figure.add_subplot(grid[:, 1]), records)
     legend_above(figure, [*_before_after_marks(), *handles])
@@ -100,15 +101,18 @@ def rank_groups(ranks: Sequence[int]) -> list[Sequence[int]]:
 
 
 def _rank_means(axes: Axes, records: Sequence[RunRecord]) -> list[Line2D]:
-    """Draws every run's mean accuracy by groups of the main run's ranks; returns the runs' legend entries."""
+    """Draws every run's mean score by groups of the main run's ranks; returns the runs' legend entries."""
+    metric = records[0].metric
     groups = rank_groups(sorted({client.rank for client in records[0].fleet}))
     places = [float(place) for place in range(len(groups))]
     members = [{client.id for client in records[0].fleet if client.rank in group} for group in groups]
-    starts = _group_means(records[0], members, "before")
+    starts = _group_means(records[0], metric, members, "before")
     axes.plot(places, starts, "o", color=MUTED, markerfacecolor="white", linestyle=(0, (2, 2)), linewidth=1)
     handles: list[Line2D] = []
+    drawn = list(starts)
     for look, record in zip(run_styles(records), records, strict=True):
-        means = _group_means(record, members, "after")
+        means = _group_means(record, metric, members, "after")
+        drawn += means
         if any(isfinite(mean) for mean in means):
             handles.append(line(axes, look, (places, means), look.label))
     names = [str(group[0]) if len(group) == 1 else f"{group[0]}–{group[-1]}" for group in groups]
@@ -117,28 +121,28 @@ def _rank_means(axes: Axes, records: Sequence[RunRecord]) -> list[Line2D]:
     axes.set(
         title="mean over clients, by rank",
         xlabel="client rank in the main run",
-        ylabel="accuracy on own test",
+        ylabel=f"{label(metric.label)} on own test",
     )
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    score_axis(axes, "y", metric, [value for value in drawn if isfinite(value)])
     return handles
 
 
-def _group_means(record: RunRecord, members: Sequence[set[int]], part: str) -> list[float]:
-    scores = _own_scores(record)
+def _group_means(record: RunRecord, metric: Metric, members: Sequence[set[int]], part: str) -> list[float]:
+    scores = _own_scores(record, metric)
     means: list[float] = []
     for ids in members:
         parts = [getattr(entry, part) for entry in scores.values() if entry.id in ids]
-        values = [value for value in (score(scored, "accuracy") for scored in parts) if value is not None]
+        values = [value for value in (score(scored, metric.name) for scored in parts) if value is not None]
         means.append(fmean(values) if values else nan)
     return means
 
 
-def _own_scores(record: RunRecord) -> dict[int, ClientScores]:
+def _own_scores(record: RunRecord, metric: Metric) -> dict[int, ClientScores]:
     entries = record.summary.clients if record.summary else ()
     return {
         entry.id: entry
         for entry in entries
-        if score(entry.before, "accuracy") is not None or score(entry.after, "accuracy") is not None
+        if score(entry.before, metric.name) is not None or score(entry.after, metric.name) is not None
     }
 
 
@@ -146,8 +150,8 @@ def _parts(entries: Sequence[ClientScores]) -> tuple[list[Scores | None], list[S
     return [entry.before for entry in entries], [entry.after for entry in entries]
 
 
-def _accuracy(scores: Scores | None) -> float:
-    value = score(scores, "accuracy")
+def _value(scores: Scores | None, metric: Metric) -> float:
+    value = score(scores, metric.name)
     return nan if value is None else value
 
 

@@ -6,13 +6,16 @@ each cell is an ordinary run folder. A cell that ended but cannot be read counts
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from fslora.errors import ArtifactError
-from fslora.report.read import RunRecord, Scores, read_json, read_run, read_text, validated
+from fslora.metrics import Metric
+from fslora.report.merit import ACCURACY
+from fslora.report.read import RunRecord, Scores, parse_metric, read_json, read_run, read_text, validated
 from fslora.report.text import byte_text, counted, duration, operations
 
 FORMAT = 1
@@ -88,6 +91,8 @@ class ComparisonRecord:
     methods: Mapping[str, Contestant]
     seeds: tuple[int, ...] = ()
     budget: Budget = field(default_factory=Budget)
+    metric: Metric = ACCURACY
+    """What all methods are judged by: the first cell's that says it."""
     cells: tuple[Cell, ...] = ()
     format: int = FORMAT
     path: Path = Path()
@@ -121,13 +126,29 @@ def read_comparison(path: str | Path) -> ComparisonRecord:
         raise ArtifactError(
             f"{source} is damaged: methods has no entry for {', '.join(sorted(unknown))}; run the comparison again"
         )
+    cells = tuple(_with_run(cell, folder) for cell in record.cells)
     return replace(
         record,
         path=folder,
-        cells=tuple(_with_run(cell, folder) for cell in record.cells),
+        metric=_metric(cells, folder),
+        cells=cells,
         config_text=read_text(folder / "experiment.toml"),
         environment=read_json(folder / "environment.json") or {},
     )
+
+
+def _metric(cells: Sequence[Cell], folder: Path) -> Metric:
+    """The metric of the first finished result, else of the first cell that has begun."""
+    found = (cell.run.metric for cell in cells if cell.run and cell.run.data)
+    return next(found, None) or next(_begun(cells, folder), ACCURACY)
+
+
+def _begun(cells: Sequence[Cell], folder: Path) -> Iterator[Metric]:
+    for cell in cells:
+        source = folder / cell.folder / "data.json"
+        with suppress(ArtifactError):  # a damaged cell is told of where its own results are
+            if fields := read_json(source):
+                yield parse_metric(fields, source)
 
 
 def _with_run(cell: Cell, folder: Path) -> Cell:

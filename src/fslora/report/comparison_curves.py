@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import isfinite
-from statistics import fmean
+from statistics import fmean, median
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
+from fslora.metrics import Metric
 from fslora.report.comparison_looks import (
     Look,
     Tag,
@@ -22,9 +23,9 @@ from fslora.report.comparison_looks import (
     sending,
 )
 from fslora.report.comparison_results import MethodResult, ranked
-from fslora.report.read import RoundRow, RunRecord
-from fslora.report.style import round_axis, score, styled
-from fslora.report.text import percent
+from fslora.report.merit import least, metric_of, value_text
+from fslora.report.read import RoundRow, RunRecord, score
+from fslora.report.style import label, round_axis, score_axis, styled
 
 Measure = Callable[[RoundRow], float | None]
 Looks = Mapping[str, Look]
@@ -63,16 +64,17 @@ def mean_curve(runs: Sequence[RunRecord], value: Measure, place: Measure) -> Cur
 
 @styled
 def rounds_figure(entries: Sequence[MethodResult], looks: Looks) -> Figure | None:
-    """Returns validation accuracy by round, and its second half larger; None before the first result.
+    """Returns the validation score by round, and its second half larger; None before the first result.
 
     Where a budget ends some runs early, there is no common second half, and one panel shows all.
     """
-    curves = _curves(entries, lambda row: score(row.validation, "accuracy"), _round)
+    metric = metric_of(entries)
+    curves = _curves(entries, _validation(metric), _round)
     if not curves:
         return None
     if not _end_together(curves):
         figure, axes = _panel(5.0)
-        _draw_ends(figure, axes, curves, looks)
+        _draw_ends(figure, axes, metric, curves, looks)
         round_axis(axes)
         return figure
     figure = Figure(figsize=(10, max(4.4, 1.1 + 0.15 * len(curves))))
@@ -81,20 +83,21 @@ def rounds_figure(entries: Sequence[MethodResult], looks: Looks) -> Figure | Non
         axes.margins(x=0.01)
         _draw(axes, curves, looks)
         round_axis(axes)
-    left.set(title="whole", ylabel="validation accuracy")
+    left.set(title="whole", ylabel=f"validation {label(metric.label)}")
     right.set_title("the second half, larger")
-    left.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    score_axis(left, "y", metric, [value for curve in curves.values() for value in curve.mean])
     last = max(curve.x[-1] for curve in curves.values())
     right.set_xlim(last / 2, last * 1.01)
-    _look_at_ends(right, curves)
-    end_labels(figure, right, _tags(right, curves, looks))
+    _look_at_ends(right, metric, curves)
+    end_labels(figure, right, _tags(right, curves, looks, partial(value_text, metric)))
     return figure
 
 
 @styled
 def traffic_figure(entries: Sequence[MethodResult], looks: Looks) -> Figure | None:
-    """Returns validation accuracy by bytes sent, of all that send more than next to nothing; None without any."""
-    curves = _curves(entries, lambda row: score(row.validation, "accuracy"), _sent)
+    """Returns the validation score by bytes sent, of all that send more than next to nothing; None without any."""
+    metric = metric_of(entries)
+    curves = _curves(entries, _validation(metric), _sent)
     # What was measured before anything was sent has no place on a logarithmic axis.
     talkers = sending({name: curve.x[-1] for name, curve in curves.items()})
     curves = {name: _from_first_byte(curve) for name, curve in curves.items() if name in talkers}
@@ -105,7 +108,7 @@ def traffic_figure(entries: Sequence[MethodResult], looks: Looks) -> Figure | No
     ends = [curve.x[-1] for curve in curves.values()]
     # Below what the thriftiest needs for half of its run nobody is compared.
     limits = (min(ends) / 2, max(ends) * 1.6) if byte_axis(axes, ends) else None
-    _draw_ends(figure, axes, curves, looks, limits)
+    _draw_ends(figure, axes, metric, curves, looks, limits)
     return figure
 
 
@@ -121,11 +124,15 @@ def rank_figure(entries: Sequence[MethodResult], looks: Looks) -> Figure | None:
     axes.set_ylim(bottom=0)
     round_axis(axes)
     if _end_together(curves):
-        end_labels(figure, axes, _tags(axes, curves, looks))
+        end_labels(figure, axes, _tags(axes, curves, looks, "{:.1f}".format))
     else:
         _leave_room(axes)
-        point_labels(figure, axes, _tags(axes, curves, looks))
+        point_labels(figure, axes, _tags(axes, curves, looks, "{:.1f}".format))
     return figure
+
+
+def _validation(metric: Metric) -> Measure:
+    return lambda row: score(row.validation, metric.name)
 
 
 def _round(row: RoundRow) -> float:
@@ -163,19 +170,20 @@ def _panel(height: float) -> tuple[Figure, Axes]:
 def _draw_ends(
     figure: Figure,
     axes: Axes,
+    metric: Metric,
     curves: Mapping[str, Curve],
     looks: Looks,
     limits: tuple[float, float] | None = None,
 ) -> None:
-    """Draws accuracies in one panel, with the names where the curves end; ``limits`` bound the x axis."""
+    """Draws scores in one panel, with the names where the curves end; ``limits`` bound the x axis."""
     _draw(axes, curves, looks)
-    axes.set_ylabel("validation accuracy")
-    _look_at_ends(axes, curves)
+    axes.set_ylabel(f"validation {label(metric.label)}")
+    _look_at_ends(axes, metric, curves)
     if limits:
         axes.set_xlim(*limits)
     else:
         _leave_room(axes)
-    point_labels(figure, axes, _tags(axes, curves, looks))
+    point_labels(figure, axes, _tags(axes, curves, looks, partial(value_text, metric)))
 
 
 def _leave_room(axes: Axes) -> None:
@@ -210,15 +218,15 @@ def _from_first_byte(curve: Curve) -> Curve:
     return Curve(curve.x[start:], curve.mean[start:], curve.low[start:], curve.high[start:])
 
 
-def _look_at_ends(axes: Axes, curves: Mapping[str, Curve]) -> None:
-    """Bounds a panel of accuracies to where the curves are in their second half, far outliers aside."""
+def _look_at_ends(axes: Axes, metric: Metric, curves: Mapping[str, Curve]) -> None:
+    """Bounds a panel of scores to where the curves are in their second half, far outliers aside."""
     halves = [(curve, len(curve.mean) // 2) for curve in curves.values()]
     ranges = [(curve.mean[-1], min(curve.mean[half:]), max(curve.mean[half:])) for curve, half in halves]
-    axes.set_ylim(*focus(ranges))
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+    axes.set_ylim(*focus(ranges, least(metric, median(end for end, _, _ in ranges))))
+    score_axis(axes, "y", metric, decimals=None)
 
 
-def _tags(axes: Axes, curves: Mapping[str, Curve], looks: Looks) -> list[Tag]:
+def _tags(axes: Axes, curves: Mapping[str, Curve], looks: Looks, show: Callable[[float], str]) -> list[Tag]:
     """Returns the names at the curves' ends; one that ends beyond the panel is marked at its edge, with the number."""
     tags: list[Tag] = []
     for name, curve in curves.items():
@@ -227,7 +235,7 @@ def _tags(axes: Axes, curves: Mapping[str, Curve], looks: Looks) -> list[Tag]:
         if outside:
             edge, arrow, marker = outside
             axes.plot([curve.x[-1]], [edge], marker=marker, markersize=6, color=look.style.colour, clip_on=False)
-            tags.append(Tag(curve.x[-1], edge, look, f"{look.name}, {percent(end)} {arrow}"))
+            tags.append(Tag(curve.x[-1], edge, look, f"{look.name}, {show(end)} {arrow}"))
         else:
             tags.append(Tag(curve.x[-1], end, look))
     return tags

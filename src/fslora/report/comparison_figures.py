@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fslora.metrics import Metric
 from fslora.report.comparison import ComparisonRecord
 from fslora.report.comparison_curves import rank_figure, rounds_figure, traffic_figure
 from fslora.report.comparison_looks import STRONG, crowded, method_looks
@@ -11,6 +12,7 @@ from fslora.report.comparison_maps import pareto_figure, spectra_figure
 from fslora.report.comparison_results import MethodResult
 from fslora.report.comparison_rows import by_rank_figure, difference_figure, fairness_figure
 from fslora.report.figures import Drawn
+from fslora.report.merit import better, capital
 from fslora.report.text import plain
 
 NAMES = ("difference", "rounds", "traffic", "pareto", "by-rank", "fairness", "spectra", "effective-rank")
@@ -23,56 +25,60 @@ def draw_comparison(comparison: ComparisonRecord, entries: Sequence[MethodResult
     reference = plain(comparison.reference)
     several = len(comparison.seeds) > 1
     pale = crowded(looks)
+    metric = comparison.metric
+    name = capital(metric.label)
     drawn = (
         (
             "difference",
             "Difference to the reference",
-            _difference(reference, several),
+            _difference(metric, reference, several),
             difference_figure(entries, looks),
         ),
-        ("rounds", "Accuracy by round", _curves(several, pale), rounds_figure(entries, looks)),
-        ("traffic", "Accuracy by traffic", _curves(several, pale, traffic=True), traffic_figure(entries, looks)),
-        ("pareto", "What accuracy costs", _pareto(several), pareto_figure(entries, looks)),
+        ("rounds", f"{name} by round", _curves(metric, several, pale), rounds_figure(entries, looks)),
+        ("traffic", f"{name} by traffic", _curves(metric, several, pale, traffic=True), traffic_figure(entries, looks)),
+        ("pareto", f"What {metric.label} costs", _pareto(metric, several), pareto_figure(entries, looks)),
         ("by-rank", "Weak and strong clients", _BY_RANK, by_rank_figure(entries, looks)),
-        ("fairness", "Who is left behind", _FAIRNESS, fairness_figure(entries, looks)),
+        ("fairness", "Who is left behind", _fairness(metric), fairness_figure(entries, looks)),
         ("spectra", "What the global update is made of", _spectra(reference), spectra_figure(entries, looks)),
-        ("effective-rank", "Effective rank by round", _RANK + _pale(pale), rank_figure(entries, looks)),
+        ("effective-rank", "Effective rank by round", _RANK + _pale(metric, pale), rank_figure(entries, looks)),
     )
     return [Drawn(name, title, reading, figure) for name, title, reading, figure in drawn if figure is not None]
 
 
-def _difference(reference: str, several: bool) -> str:
+def _difference(metric: Metric, reference: str, several: bool) -> str:
     how = (
         "The bar is the 95 % t interval of the mean over seeds, the small dots are the seeds; a pale bar includes "
         "zero, so that these runs do not tell the method from the reference."
         if several
         else "With one seed there is no interval, and small differences mean nothing."
     )
-    return f"Right of the line is better than {reference}. {how} An arrow points to a value beyond the panel."
+    side = better(metric, "Right", "Left")
+    return f"{side} of the line is better than {reference}. {how} An arrow points to a value beyond the panel."
 
 
-def _curves(several: bool, pale: bool, *, traffic: bool = False) -> str:
+def _curves(metric: Metric, several: bool, pale: bool, *, traffic: bool = False) -> str:
     end = (
-        "Further left is the same accuracy for less traffic; what sends next to nothing is left out. "
+        f"Further left is the same {metric.label} for less traffic; what sends next to nothing is left out. "
         if traffic
         else ""
     )
     band = "Mean over seeds; bands reach from the lowest to the highest seed. " if several else ""
-    return f"{end}{band}An arrow is beside a value beyond the panel.{_pale(pale)}"
+    side = "" if metric.higher_is_better else "Lower is better. "
+    return f"{side}{end}{band}An arrow is beside a value beyond the panel.{_pale(metric, pale)}"
 
 
-def _pale(pale: bool) -> str:
+def _pale(metric: Metric, pale: bool) -> str:
     if not pale:
         return ""
-    return f" Strong: the reference, the {STRONG} best by test accuracy, and baselines; thin: all others."
+    return f" Strong: the reference, the {STRONG} best by test {metric.label}, and baselines; thin: all others."
 
 
-def _pareto(several: bool) -> str:
+def _pareto(metric: Metric, several: bool) -> str:
     bars = " Bars are one standard deviation over seeds." if several else ""
     return (
-        "Up and left is better. The stepped line joins the methods that no other beats in both, which are in bold "
-        f"with the reference; baselines (grey) take no part in it.{bars} Hollow: mean over personal models. An arrow "
-        "points to a value beyond the panel."
+        f"{better(metric, 'Up', 'Down')} and left is better. The stepped line joins the methods that no other beats in "
+        f"both, which are in bold with the reference; baselines (grey) take no part in it.{bars} Hollow: mean over "
+        "personal models. An arrow points to a value beyond the panel."
     )
 
 
@@ -84,13 +90,17 @@ def _spectra(reference: str) -> str:
     )
 
 
+def _fairness(metric: Metric) -> str:
+    return (
+        "Every client of every seed on its own held-out examples. The bar marks the mean over the worst tenth of the "
+        f"clients: of two methods with the same mean, the one whose bar is further {better(metric, 'right', 'left')} "
+        "leaves fewer behind."
+    )
+
+
 _BY_RANK = (
     "A dot is the mean over the clients of one rank, on the examples that they held out themselves. The longer the "
     "row, the more a client's rank decides what it gets."
-)
-_FAIRNESS = (
-    "Every client of every seed on its own held-out examples. The bar marks the mean over the worst tenth of the "
-    "clients: of two methods with the same mean, the one whose bar is further right leaves fewer behind."
 )
 _RANK = (
     "How many singular values the global update effectively has, mean over layers and seeds; a falling curve is a "

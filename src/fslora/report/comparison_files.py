@@ -8,15 +8,18 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
+from fslora.metrics import Metric
 from fslora.report.comparison import Cell, ComparisonRecord
 from fslora.report.comparison_results import (
     COSTS,
     MethodResult,
     Spread,
     cost,
-    final_accuracy,
-    own_accuracies,
+    final_score,
+    level_of,
+    own_scores,
     ranked,
     worst_tenth,
 )
@@ -27,25 +30,18 @@ from fslora.report.comparison_tables import (
     result_row,
     results_table,
 )
-from fslora.report.read import RunRecord
-from fslora.report.style import score
+from fslora.report.merit import best_word, goodness, metric_of, number_text, short, spread_text
+from fslora.report.read import RunRecord, score
 from fslora.report.tables import Row
 from fslora.report.text import NONE, byte_text, duration, markdown_text, operations, plain
 
 FORMAT = 1
-_PARTS: dict[str, tuple[str, ...]] = {
-    "test_accuracy": ("mean", "sd", "n"),
-    "difference": ("mean", "low", "high", "n"),
-    "own_accuracy": ("mean", "sd", "n"),
-    "worst_tenth": ("mean", "sd", "n"),
-    "seeds": ("finished", "failed", "waiting", "all"),
-}
-"""What a value of several numbers becomes in CSV: one column each, such as ``difference_low``."""
 
 
 def csv_text(entries: Sequence[MethodResult]) -> str:
     """Returns one line per label in the experiment's order, every number in full precision."""
-    rows = [_flat(result_row(entry)) for entry in entries]
+    parts = _parts(metric_of(entries))
+    rows = [_flat(result_row(entry), parts) for entry in entries]
     file = io.StringIO()
     writer = csv.DictWriter(file, list(rows[0]) if rows else ["label"], lineterminator="\n")
     writer.writeheader()
@@ -71,7 +67,7 @@ def markdown_page(comparison: ComparisonRecord, entries: Sequence[MethodResult])
     """Returns a compact table to paste into a document, with what must be said beside it."""
     parts = [
         f"**{markdown_text(plain(comparison.name))}.** {markdown_text(' '.join(caption(comparison, entries)))}",
-        results_table(comparison, entries).only(*_MARKDOWN).markdown().rstrip(),
+        results_table(comparison, entries).only(*_markdown(comparison.metric)).markdown().rstrip(),
     ]
     missing = problems(entries)
     parts += ["\n".join(f"- {markdown_text(sentence)}" for sentence in missing)] if missing else []
@@ -79,15 +75,15 @@ def markdown_page(comparison: ComparisonRecord, entries: Sequence[MethodResult])
 
 
 def latex_table(comparison: ComparisonRecord, entries: Sequence[MethodResult]) -> str:
-    """Returns a table environment for a paper that loads ``booktabs``; the highest accuracies are bold."""
-    shown = ranked(entries)
-    columns = [column for column in _LATEX if any(column.of(entry).n for entry in shown)]
+    """Returns a table environment for a paper that loads ``booktabs``; the best scores are bold."""
+    shown, metric = ranked(entries), comparison.metric
+    columns = [column for column in _latex(metric) if any(column.of(entry).n for entry in shown)]
     titles = [latex_text(column.title) for column in columns]
     if any(entry.difference for entry in shown):
-        titles.insert(1, r"$\Delta$ (points)")
+        titles.insert(1, r"$\Delta$ (points)" if metric.percent else r"$\Delta$")
     sentences = [
         *caption(comparison, entries),
-        "Bold: the highest accuracy of the column, baselines aside.",
+        f"Bold: the {best_word(metric)} {metric.label} of the column, baselines aside.",
         *problems(entries),
     ]
     lines = [
@@ -109,14 +105,14 @@ def latex_table(comparison: ComparisonRecord, entries: Sequence[MethodResult]) -
 
 
 def _latex_rows(shown: Sequence[MethodResult], columns: Sequence[_Quantity], *, differences: bool) -> Iterator[str]:
-    best = [column.best(shown) for column in columns]
+    best, level = [column.best(shown) for column in columns], level_of(shown)
     for position, entry in enumerate(shown):
         if position and entry.entry.baseline and not shown[position - 1].entry.baseline:
             yield r"\midrule"
         cells = [column.cell(entry, text) for column, text in zip(columns, best, strict=True)]
         if differences:
             row = result_row(entry)["difference"]
-            cells.insert(1, latex_text(NONE if row is None else difference_text(row)))
+            cells.insert(1, latex_text(NONE if row is None else difference_text(entry.metric, level, row)))
         name = f"{plain(entry.title, 60)} (reference)" if entry.reference else plain(entry.title, 60)
         yield " & ".join([latex_text(name), *cells]) + r" \\"
 
@@ -131,11 +127,22 @@ def latex_text(text: str) -> str:
     return "".join(_LATEX_CHARACTERS.get(char, char) for char in text)
 
 
-def _flat(row: Row) -> Row:
+def _parts(metric: Metric) -> dict[str, tuple[str, ...]]:
+    """What a value of several numbers becomes in CSV: one column each, such as ``difference_low``."""
+    return {
+        f"test_{metric.name}": ("mean", "sd", "n"),
+        "difference": ("mean", "low", "high", "n"),
+        f"own_{metric.name}": ("mean", "sd", "n"),
+        "worst_tenth": ("mean", "sd", "n"),
+        "seeds": ("finished", "failed", "waiting", "all"),
+    }
+
+
+def _flat(row: Row, parts: Mapping[str, tuple[str, ...]]) -> Row:
     flat: Row = {}
     for key, value in row.items():
-        if key in _PARTS:
-            flat |= {f"{key}_{part}": (value or {}).get(part) for part in _PARTS[key]}
+        if key in parts:
+            flat |= {f"{key}_{part}": (value or {}).get(part) for part in parts[key]}
         else:
             flat[key] = json.dumps(value) if isinstance(value, Mapping) else value
     return flat
@@ -144,7 +151,7 @@ def _flat(row: Row) -> Row:
 def _cell_row(comparison: ComparisonRecord, cell: Cell) -> Row:
     points = comparison.methods[cell.label].points
     point = points[cell.point] if cell.point < len(points) else None
-    validation = point.validation if point else None
+    validation, name = point.validation if point else None, comparison.metric.name
     return {
         "label": cell.label,
         "point": dict(point.point) if point else None,
@@ -153,26 +160,25 @@ def _cell_row(comparison: ComparisonRecord, cell: Cell) -> Row:
         "status": cell.status,
         "error": cell.error,
         "chosen": cell.chosen,
-        "validation_accuracy": score(validation, "accuracy"),
-        "result": _run_row(cell.run) if cell.run else None,
+        f"validation_{name}": score(validation, name),
+        "result": _run_row(cell.run, comparison.metric) if cell.run else None,
     }
 
 
-def _run_row(run: RunRecord) -> Row:
-    own = own_accuracies(run)
+def _run_row(run: RunRecord, metric: Metric) -> Row:
+    own, name = own_scores(run, metric), metric.name
     return {
-        "test_accuracy": final_accuracy(run),
-        "own_accuracy": [{"rank": rank, "accuracy": accuracy} for rank, accuracy in own],
-        "worst_tenth": worst_tenth([accuracy for _, accuracy in own]),
+        f"test_{name}": final_score(run, metric),
+        f"own_{name}": [{"rank": rank, name: value} for rank, value in own],
+        "worst_tenth": worst_tenth([value for _, value in own], metric),
         "rounds": run.rounds_done,
         **{key: cost(key, run) for key in COSTS},
     }
 
 
-_MARKDOWN = (
-    *("label", "test_accuracy", "difference", "own_accuracy", "worst_tenth", "bytes_down", "bytes_up"),
-    *("client_memory_bytes", "flops", "simulated_seconds", "chosen", "seeds"),
-)
+def _markdown(metric: Metric) -> tuple[str, ...]:
+    scores = ("label", f"test_{metric.name}", "difference", f"own_{metric.name}", "worst_tenth")
+    return (*scores, "bytes_down", "bytes_up", "client_memory_bytes", "flops", "simulated_seconds", "chosen", "seeds")
 
 
 @dataclass(frozen=True)
@@ -182,8 +188,8 @@ class _Quantity:
     title: str
     of: Callable[[MethodResult], Spread]
     show: Callable[[float], str]
-    bold: bool = False
-    """Whether the highest is bold. Low costs are not: what learns nothing may cost least."""
+    metric: Metric | None = None
+    """What is shown, of scores: the best is bold. Low costs are not: what learns nothing may cost least."""
     spread: bool = False
     """Whether ± is shown."""
 
@@ -192,25 +198,29 @@ class _Quantity:
         spread = self.of(entry)
         if spread.mean is None:
             return latex_text(NONE)
-        shown = latex_text(self.show(spread.mean))
-        bold = self.show(spread.mean) == best and not entry.entry.baseline
-        deviation = "" if not self.spread or spread.sd is None else latex_text(f" ± {self.show(spread.sd)}")
-        return (rf"\textbf{{{shown}}}" if bold else shown) + deviation
+        shown = self.show(spread.mean)
+        bold = shown == best and not entry.entry.baseline
+        whole = spread_text(self.metric, spread.mean, spread.sd) if self.spread and self.metric else shown
+        deviation = latex_text(whole.removeprefix(shown))
+        return (rf"\textbf{{{latex_text(shown)}}}" if bold else latex_text(shown)) + deviation
 
     def best(self, entries: Sequence[MethodResult]) -> str | None:
-        """Returns how the highest mean reads, baselines aside, where it is to be bold."""
+        """Returns how the best mean reads, baselines aside, where it is to be bold."""
         means = [mean for entry in entries if not entry.entry.baseline and (mean := self.of(entry).mean) is not None]
-        return self.show(max(means)) if self.bold and means else None
+        return self.show(max(means, key=partial(goodness, self.metric))) if self.metric and means else None
 
 
-def _share(value: float) -> str:
-    return f"{100 * value:.1f}"
+def _latex(metric: Metric) -> tuple[_Quantity, ...]:
+    unit, show = " (%)" if metric.percent else "", partial(number_text, metric)
+    return (
+        _Quantity(f"Test {short(metric)}{unit}", lambda entry: entry.test, show, metric, spread=True),
+        _Quantity(f"Own{unit}", lambda entry: entry.own, show, metric),
+        _Quantity(f"Worst 10%{unit}", lambda entry: entry.worst, show, metric),
+        *_COSTS,
+    )
 
 
-_LATEX = (
-    _Quantity("Test acc. (%)", lambda entry: entry.test, _share, bold=True, spread=True),
-    _Quantity("Own (%)", lambda entry: entry.own, _share, bold=True),
-    _Quantity("Worst 10% (%)", lambda entry: entry.worst, _share, bold=True),
+_COSTS = (
     _Quantity("Sent", lambda entry: entry.traffic, byte_text),
     _Quantity("Client memory", lambda entry: entry.costs["client_memory_bytes"], byte_text),
     _Quantity("Compute", lambda entry: entry.costs["flops"], operations),

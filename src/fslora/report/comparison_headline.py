@@ -8,8 +8,19 @@ from fslora.report.comparison import ComparisonRecord
 from fslora.report.comparison_results import MethodResult, leaders, paired
 from fslora.report.comparison_tables import problems, size_text
 from fslora.report.headline import Headline, Tile
+from fslora.report.merit import (
+    best_word,
+    better,
+    capital,
+    change_text,
+    distance_text,
+    goodness,
+    number_text,
+    value_text,
+    worse,
+)
 from fslora.report.read import DataRecord
-from fslora.report.text import count, counted, percent, plain, points, span
+from fslora.report.text import count, counted, plain, span
 
 
 def comparison_headline(comparison: ComparisonRecord, entries: Sequence[MethodResult]) -> Headline:
@@ -45,7 +56,8 @@ def _result(comparison: ComparisonRecord, entries: Sequence[MethodResult]) -> li
         return ["There is no result yet: no method has finished with any seed."]
     so_far = " so far" if any(entry.waiting for entry in entries) else ""
     tail = ", the mean over the clients' own models" if best.personal else ""
-    lead = f"{_name(best)} has the highest test accuracy{so_far}: {_accuracy(best)}{tail}."
+    metric = best.metric
+    lead = f"{_name(best)} has the {best_word(metric)} test {metric.label}{so_far}: {_seeds(best)}{tail}."
     others = [entry for entry in entries if entry is not best and not entry.entry.baseline and entry.test.n]
     if not others:
         return [lead, "No other method has a result to compare it with."]
@@ -63,12 +75,12 @@ def _against_reference(comparison: ComparisonRecord, best: MethodResult, entries
     difference = best.difference
     if difference is None:
         return f"It has no seed in common with the reference, {name}, which reaches {_short(reference)}."
-    gap = f"That is {_distance(difference.mean)} the reference, {name} ({_short(reference)})"
+    gap = f"That is {_distance(best, difference.mean)} the reference, {name} ({_short(reference)})"
     if difference.low is None or difference.high is None:
         return f"{gap}, with one seed: whether another seed would agree is not known."
     verdict = "excludes" if difference.sign else "does not exclude"
-    ends = f"{points(difference.low)} to {points(difference.high)}"
-    return f"{gap}; the 95 % interval over {difference.n} paired seeds, {ends}, {verdict} zero."
+    low, high = (change_text(best.metric, end, best.test.mean) for end in (difference.low, difference.high))
+    return f"{gap}; the 95 % interval over {difference.n} paired seeds, {low} to {high}, {verdict} zero."
 
 
 def tally(comparison: ComparisonRecord, entries: Sequence[MethodResult]) -> str:
@@ -77,12 +89,13 @@ def tally(comparison: ComparisonRecord, entries: Sequence[MethodResult]) -> str:
     signs = [difference.sign for difference in judged if difference.low is not None]
     if not signs:
         return ""
-    name = plain(comparison.reference)
+    name, metric = plain(comparison.reference), comparison.metric
+    ahead = round(goodness(metric, 1))
     return (
-        f"Of the {counted(len(signs), 'other method')}, the interval puts {signs.count(1)} above {name} and "
-        f"{signs.count(-1)} below it; {signs.count(0)} cannot be told from it. The intervals are not corrected for "
-        f"how many there are: of {len(signs)} methods equal to {name}, {len(signs) / 20:.1f} would be expected to "
-        "exclude zero by chance."
+        f"Of the {counted(len(signs), 'other method')}, the interval puts {signs.count(ahead)} {better(metric)} {name} "
+        f"and {signs.count(-ahead)} {worse(metric)} it; {signs.count(0)} cannot be told from it. The intervals are not "
+        f"corrected for how many there are: of {len(signs)} methods equal to {name}, {len(signs) / 20:.1f} would be "
+        "expected to exclude zero by chance."
     )
 
 
@@ -92,7 +105,7 @@ def _rivals(best: MethodResult, others: Sequence[MethodResult]) -> list[str]:
     near = [entry for entry, gap in found if gap and gap.low is not None and gap.sign == 0]
     if not near:
         return []
-    shown = sorted(near, key=lambda entry: -(entry.test.mean or 0.0))[:4]
+    shown = sorted(near, key=lambda entry: -(entry.merit or 0.0))[:4]
     names = ", ".join(_name(entry) for entry in shown)
     rest = f" and {len(near) - len(shown)} more" if len(near) > len(shown) else ""
     return [f"With these seeds, {_name(best)} cannot be told from {names}{rest}: the results overlap."]
@@ -101,15 +114,17 @@ def _rivals(best: MethodResult, others: Sequence[MethodResult]) -> list[str]:
 def _tiles(comparison: ComparisonRecord, entries: Sequence[MethodResult]) -> list[Tile]:
     best = next(iter(leaders(entries)), None)
     reference = next((entry for entry in entries if entry.reference), None)
+    metric = comparison.metric
     tiles: list[Tile] = []
     if best:
-        tiles.append(Tile("Highest test accuracy", percent(best.test.mean), _with_spread(best)))
+        name = f"{capital(best_word(metric))} test {metric.label}"
+        tiles.append(Tile(name, value_text(metric, best.test.mean), _with_spread(best)))
     if reference and reference.test.n:
-        tiles.append(Tile("Reference", percent(reference.test.mean), _with_spread(reference)))
+        tiles.append(Tile("Reference", value_text(metric, reference.test.mean), _with_spread(reference)))
     fair = [entry for entry in entries if entry.worst.mean is not None and not entry.entry.baseline]
     if fair:
-        fairest = max(fair, key=lambda entry: entry.worst.mean or 0.0)
-        tiles.append(Tile("Best for the worst tenth", percent(fairest.worst.mean), _name(fairest)))
+        fairest = max(fair, key=lambda entry: goodness(metric, entry.worst.mean or 0.0))
+        tiles.append(Tile("Best for the worst tenth", value_text(metric, fairest.worst.mean), _name(fairest)))
     done, all_of_them = sum(len(entry.runs) for entry in entries), sum(entry.seeds for entry in entries)
     failed, waiting = sum(entry.failed for entry in entries), sum(entry.waiting for entry in entries)
     missing = [f"{count(number)} {state}" for number, state in ((failed, "failed"), (waiting, "waiting")) if number]
@@ -122,19 +137,20 @@ def _tiles(comparison: ComparisonRecord, entries: Sequence[MethodResult]) -> lis
 
 
 def _notes(comparison: ComparisonRecord, entries: Sequence[MethodResult]) -> list[str]:
-    notes = problems(entries)
+    notes, metric = problems(entries), comparison.metric
     tests = [(entry.test.n, _name(entry)) for entry in entries if entry.test.n and not entry.entry.baseline]
     most = max((n for n, _ in tests), default=0)
     fewer = [name for n, name in tests if n < most]
     if fewer:
         notes.append(
-            f"With fewer seeds than others, and so not considered for the highest accuracy: {', '.join(fewer)}."
+            f"With fewer seeds than others, and so not considered for the {best_word(metric)} {metric.label}: "
+            f"{', '.join(fewer)}."
         )
     personal = [plain(entry.label) for entry in entries if entry.personal]
     if personal:
         notes.append(
-            f"† {', '.join(personal)}: one model per client. The test accuracy is the mean over these models on data "
-            "of all clients, which they were not made for; compare the accuracy on own examples."
+            f"† {', '.join(personal)}: one model per client. The test {metric.label} is the mean over these models on "
+            f"data of all clients, which they were not made for; compare the {metric.label} on own examples."
         )
     return notes
 
@@ -143,21 +159,26 @@ def _name(entry: MethodResult) -> str:
     return plain(entry.title, 40)
 
 
-def _accuracy(entry: MethodResult) -> str:
+def _seeds(entry: MethodResult) -> str:
     """Mean and spread, such as ``82.1 % (± 0.4 over 3 seeds)``."""
-    spread = "" if entry.test.sd is None else f" (± {100 * entry.test.sd:.1f} over {entry.test.n} seeds)"
-    return f"{percent(entry.test.mean)}{spread}"
+    spread = f" ({_deviation(entry)} over {entry.test.n} seeds)" if entry.test.n > 1 else ""
+    return f"{value_text(entry.metric, entry.test.mean)}{spread}"
 
 
 def _short(entry: MethodResult) -> str:
     """The same without the seeds."""
-    return f"{percent(entry.test.mean)}{'' if entry.test.sd is None else f' ± {100 * entry.test.sd:.1f}'}"
+    return " ".join(filter(None, (value_text(entry.metric, entry.test.mean), _deviation(entry))))
 
 
 def _with_spread(entry: MethodResult) -> str:
-    return _name(entry) if entry.test.sd is None else f"{_name(entry)}, ± {100 * entry.test.sd:.1f}"
+    return ", ".join(filter(None, (_name(entry), _deviation(entry))))
 
 
-def _distance(difference: float) -> str:
-    amount = points(abs(difference)).removeprefix("+")
-    return f"{amount} points {'above' if difference >= 0 else 'below'}"
+def _deviation(entry: MethodResult) -> str:
+    """The standard deviation over seeds, such as ``± 0.4``; nothing of one seed."""
+    sd = entry.test.sd
+    return "" if sd is None else f"± {number_text(entry.metric, sd, entry.test.mean)}"
+
+
+def _distance(entry: MethodResult, difference: float) -> str:
+    return f"{distance_text(entry.metric, difference, entry.test.mean)} {'above' if difference >= 0 else 'below'}"

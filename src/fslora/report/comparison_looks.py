@@ -18,6 +18,7 @@ from matplotlib.textpath import TextPath
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from fslora.report.comparison_results import MethodResult, leaders
+from fslora.report.merit import LEAST
 from fslora.report.style import INK, MAIN, MUTED, RunStyle, label
 from fslora.report.text import byte_unit
 
@@ -211,19 +212,20 @@ def point_labels(figure: Figure, axes: Axes, tags: Sequence[Tag]) -> None:
         ).set_in_layout(False)
 
 
-def focus(ranges: Sequence[tuple[float, float | None, float | None]]) -> tuple[float, float]:
+def focus(ranges: Sequence[tuple[float, float | None, float | None]], least: float = LEAST) -> tuple[float, float]:
     """Returns the ends of an axis on which the bulk can be told apart: far outliers lie beyond them.
 
     Args:
         ranges: (middle, low, high) of everything that is to be drawn; low and high may be unknown.
+        least: The least range that is shown.
     """
     middles = [middle for middle, _, _ in ranges]
     first, third = np.quantile(middles, [0.25, 0.75])
-    fence = _FENCE * max(third - first, _LEAST)
+    fence = _FENCE * max(third - first, least)
     inside = [entry for entry in ranges if first - fence <= entry[0] <= third + fence]
     low = max(min(m if low is None else low for m, low, _ in inside), first - fence)
     high = min(max(m if high is None else high for m, _, high in inside), third + fence)
-    spare = 0.07 * max(high - low, _LEAST)
+    spare = 0.07 * max(high - low, least)
     return float(low - spare), float(high + spare)
 
 
@@ -264,8 +266,6 @@ class _Box:
 
 _FENCE = 3.0
 """Interquartile ranges beyond the quartiles from which on a value is a far outlier (Tukey's outer fences)."""
-_LEAST = 0.005
-"""The least range that an axis shows."""
 _NEAR = 9.0
 """Points: up to this distance a label needs no line to its point."""
 

@@ -1,4 +1,4 @@
-"""Figures of what accuracy costs, and of what the global update is made of."""
+"""Figures of what a score costs, and of what the global update is made of."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from statistics import fmean
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from fslora.report.comparison_looks import Look, Tag, beyond, byte_axis, focus, point_labels, sending
-from fslora.report.comparison_results import MethodResult, ranked, undominated
+from fslora.report.comparison_results import MethodResult, level_of, ranked, undominated
+from fslora.report.merit import least, metric_of, value_text
 from fslora.report.read import RunRecord
-from fslora.report.style import INK, MUTED, styled
-from fslora.report.text import percent
+from fslora.report.style import INK, MUTED, label, score_axis, styled
 
 Looks = Mapping[str, Look]
 _FAINT = 1e-5
@@ -26,7 +26,7 @@ _ACROSS = 5
 
 @styled
 def pareto_figure(entries: Sequence[MethodResult], looks: Looks) -> Figure | None:
-    """Returns test accuracy by bytes sent, with the methods that none beats in both; None before the first result."""
+    """Returns the test score by bytes sent, with the methods that none beats in both; None before the first result."""
     scored = [entry for entry in entries if entry.test.mean is not None]
     talkers = sending({entry.label: entry.traffic.mean for entry in scored})
     placed = [entry for entry in scored if entry.label in talkers]
@@ -35,7 +35,8 @@ def pareto_figure(entries: Sequence[MethodResult], looks: Looks) -> Figure | Non
     figure = Figure(figsize=(10, 5.4))
     axes = figure.subplots()
     byte_axis(axes, [entry.traffic.mean or 0.0 for entry in placed])
-    limits = focus([_range(entry) for entry in scored])
+    metric = metric_of(entries)
+    limits = focus([_range(entry) for entry in scored], least(metric, level_of(scored)))
     axes.set_ylim(*limits)
     axes.margins(x=0.08)
     front = undominated(placed)
@@ -44,8 +45,8 @@ def pareto_figure(entries: Sequence[MethodResult], looks: Looks) -> Figure | Non
     if ends:
         axes.plot(*zip(*ends, strict=True), color=MUTED, linewidth=1.2, drawstyle="steps-post", zorder=1.8)
     tags += [_level(axes, entry, looks[entry.label], limits) for entry in scored if entry.label not in talkers]
-    axes.set(xlabel="sent in the whole run, down and up, all clients", ylabel="test accuracy")
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    axes.set(xlabel="sent in the whole run, down and up, all clients", ylabel=f"test {label(metric.label)}")
+    score_axis(axes, "y", metric)
     point_labels(figure, axes, tags)
     return figure
 
@@ -84,7 +85,7 @@ def _last_spectrum(run: RunRecord) -> tuple[float, ...]:
 
 
 def _range(entry: MethodResult) -> tuple[float, float, float]:
-    """Mean test accuracy, and one standard deviation below and above it."""
+    """Mean test score, and one standard deviation below and above it."""
     mean, spread = entry.test.mean or 0.0, entry.test.sd or 0.0
     return mean, mean - spread, mean + spread
 
@@ -97,7 +98,7 @@ def _mark(axes: Axes, entry: MethodResult, look: Look, limits: tuple[float, floa
     if outside:
         edge, arrow, marker = outside
         axes.plot([x], [edge], marker=marker, markersize=8, color=colour, clip_on=False, zorder=4)
-        return Tag(x, edge, emphasis, f"{look.name}, {percent(mean)} {arrow}")
+        return Tag(x, edge, emphasis, f"{look.name}, {value_text(entry.metric, mean)} {arrow}")
     axes.errorbar([x], [mean], entry.test.sd, entry.traffic.sd, "none", ecolor=colour, elinewidth=1.0, alpha=0.7)
     axes.plot([x], [mean], marker=look.style.marker, markersize=6.5, color=colour, mfc=look.face, zorder=3)
     return Tag(x, mean, emphasis)
@@ -108,7 +109,7 @@ def _level(axes: Axes, entry: MethodResult, look: Look, limits: tuple[float, flo
     level, name = entry.test.mean or 0.0, f"{look.name} (sends {'next to ' if entry.traffic.mean else ''}nothing)"
     outside = beyond(level, limits)
     if outside:
-        name = f"{name}, {percent(level)} {outside[1]}"
+        name = f"{name}, {value_text(entry.metric, level)} {outside[1]}"
         level = outside[0]
     axes.axhline(level, color=look.style.colour, linestyle=look.style.line, linewidth=1.2, zorder=1.7)
     # Not on the line but above it, and below it at the upper edge.

@@ -11,11 +11,11 @@ from fslora.report.comparison_files import csv_text, json_text, latex_table, mar
 from fslora.report.comparison_headline import comparison_headline, tally
 from fslora.report.comparison_results import MethodResult, results
 from fslora.report.comparison_tables import (
-    OUTCOME,
     PRICE,
     caption,
     failures_table,
     grid_table,
+    outcome,
     results_table,
     settings_table,
 )
@@ -81,7 +81,7 @@ def _html(
 
 
 def _results_part(comparison: ComparisonRecord, entries: Sequence[MethodResult]) -> Iterator[str]:
-    yield drawn_table(results_table(comparison, entries).only(*OUTCOME))
+    yield drawn_table(results_table(comparison, entries).only(*outcome(comparison.metric)))
     yield remark(" ".join(caption(comparison, entries)))
     told = tally(comparison, entries)
     if told:

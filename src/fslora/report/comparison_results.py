@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import ceil, isfinite, sqrt
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 
 from scipy.special import stdtrit
 
+from fslora.metrics import Metric
 from fslora.report.comparison import ComparisonRecord, Contestant
-from fslora.report.read import RunRecord
-from fslora.report.style import score
+from fslora.report.merit import ACCURACY, goodness
+from fslora.report.read import RunRecord, score
 
 COSTS = (
     "bytes_down",
@@ -74,12 +75,12 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class ClientAccuracy:
-    """One client's accuracy on its own held-out examples, with one seed."""
+class ClientScore:
+    """One client's score on its own held-out examples, with one seed."""
 
     seed: int
     rank: int
-    accuracy: float
+    value: float
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class MethodResult:
     entry: Contestant
     reference: bool
     personal: bool
-    """Its test accuracy is the mean over the clients' own models."""
+    """Its test score is the mean over the clients' own models."""
     runs: Mapping[int, RunRecord]
     """The finished results by seed."""
     seeds: int
@@ -101,15 +102,22 @@ class MethodResult:
     test: Spread
     difference: Difference | None
     """None for the reference, and without a seed in which both finished."""
-    clients: tuple[ClientAccuracy, ...]
+    clients: tuple[ClientScore, ...]
     own: Spread
-    """Mean over clients of the accuracy on their own held-out examples."""
+    """Mean over clients of the score on their own held-out examples."""
     worst: Spread
     """The same over the worst tenth of the clients, at least one."""
     rounds: Spread
     costs: Mapping[str, Spread]
     traffic: Spread
     """Bytes down and up."""
+    metric: Metric
+    """What ``test``, ``difference``, ``clients``, ``own`` and ``worst`` are values of."""
+
+    @property
+    def merit(self) -> float | None:
+        """The mean on the test as a number that is the higher the better."""
+        return None if self.test.mean is None else goodness(self.metric, self.test.mean)
 
     @property
     def waiting(self) -> int:
@@ -124,22 +132,28 @@ class MethodResult:
 
 def results(comparison: ComparisonRecord) -> list[MethodResult]:
     """Returns one entry per label, in the experiment's order."""
-    reference = _spread(_runs(comparison, comparison.reference), final_accuracy)
+    reference = _spread(_runs(comparison, comparison.reference), partial(final_score, metric=comparison.metric))
     return [_result(comparison, label, reference) for label in comparison.labels]
 
 
 def ranked(entries: Sequence[MethodResult]) -> list[MethodResult]:
-    """Returns the entries as people read them: by test accuracy, the best first, and baselines in the end."""
+    """Returns the entries as people read them: by test score, the best first, and baselines in the end."""
 
     def place(entry: MethodResult) -> tuple[bool, float]:
-        mean = entry.test.mean
-        return entry.entry.baseline, float("inf") if mean is None else -mean
+        merit = entry.merit
+        return entry.entry.baseline, float("inf") if merit is None else -merit
 
     return sorted(entries, key=place)
 
 
+def level_of(entries: Sequence[MethodResult]) -> float:
+    """Returns about what the methods score on the test; 0 where none has a score."""
+    means = [entry.test.mean for entry in entries if entry.test.mean is not None]
+    return median(means) if means else 0.0
+
+
 def leaders(entries: Sequence[MethodResult], number: int = 1) -> list[MethodResult]:
-    """Returns the methods with the highest test accuracy, baselines left out.
+    """Returns the methods with the best test scores, baselines left out.
 
     A method that finished fewer seeds than another is passed over: its mean is of other runs.
     """
@@ -160,18 +174,18 @@ def paired(ours: Spread, theirs: Spread) -> Difference | None:
     return Difference(by_seed, mean, mean - reach, mean + reach)
 
 
-def worst_tenth(accuracies: Sequence[float]) -> float | None:
-    """Returns the mean of the lowest tenth, rounded up to whole clients; None of nobody."""
-    lowest = sorted(accuracies)[: ceil(len(accuracies) / 10)]
-    return fmean(lowest) if lowest else None
+def worst_tenth(values: Sequence[float], metric: Metric = ACCURACY) -> float | None:
+    """Returns the mean of the worst tenth, rounded up to whole clients; None of nobody."""
+    worst = sorted(values, key=partial(goodness, metric))[: ceil(len(values) / 10)]
+    return fmean(worst) if worst else None
 
 
 def undominated(entries: Sequence[MethodResult]) -> list[MethodResult]:
-    """Returns the methods that none beats in traffic and test accuracy at once, by traffic; no baselines."""
+    """Returns the methods that none beats in traffic and test score at once, by traffic; no baselines."""
     placed = [
-        (entry.traffic.mean, -entry.test.mean, entry)
+        (entry.traffic.mean, -entry.merit, entry)
         for entry in entries
-        if entry.traffic.mean is not None and entry.test.mean is not None and not entry.entry.baseline
+        if entry.traffic.mean is not None and entry.merit is not None and not entry.entry.baseline
     ]
     front: list[MethodResult] = []
     best = 0.0
@@ -181,11 +195,11 @@ def undominated(entries: Sequence[MethodResult]) -> list[MethodResult]:
     return front
 
 
-def own_accuracies(run: RunRecord) -> list[tuple[int, float]]:
-    """Returns (rank, accuracy on its own held-out examples) of every client that has some."""
+def own_scores(run: RunRecord, metric: Metric) -> list[tuple[int, float]]:
+    """Returns (rank, score on its own held-out examples) of every client that has one."""
     entries = run.summary.clients if run.summary else ()
-    scored = ((entry.rank, score(entry.after, "accuracy")) for entry in entries)
-    return [(rank, accuracy) for rank, accuracy in scored if accuracy is not None]
+    scored = ((entry.rank, score(entry.after, metric.name)) for entry in entries)
+    return [(rank, value) for rank, value in scored if value is not None]
 
 
 def cost(key: str, run: RunRecord) -> float | None:
@@ -202,19 +216,19 @@ def traffic(run: RunRecord) -> float | None:
     return None if down is None or up is None else down + up
 
 
-def final_accuracy(run: RunRecord) -> float | None:
-    """Returns the test accuracy after training."""
-    return score(run.summary.test.after, "accuracy") if run.summary else None
+def final_score(run: RunRecord, metric: Metric) -> float | None:
+    """Returns the test score after training."""
+    return score(run.summary.test.after, metric.name) if run.summary else None
 
 
 def _result(comparison: ComparisonRecord, label: str, reference: Spread) -> MethodResult:
-    runs = _runs(comparison, label)
-    test = _spread(runs, final_accuracy)
+    runs, metric = _runs(comparison, label), comparison.metric
+    test = _spread(runs, partial(final_score, metric=metric))
     failed, problems = _failures(comparison, label)
     clients = tuple(
-        ClientAccuracy(seed, rank, accuracy) for seed, run in runs.items() for rank, accuracy in own_accuracies(run)
+        ClientScore(seed, rank, value) for seed, run in runs.items() for rank, value in own_scores(run, metric)
     )
-    own = {seed: [client.accuracy for client in clients if client.seed == seed] for seed in runs}
+    own = {seed: [client.value for client in clients if client.seed == seed] for seed in runs}
     return MethodResult(
         label=label,
         entry=comparison.methods[label],
@@ -228,10 +242,11 @@ def _result(comparison: ComparisonRecord, label: str, reference: Spread) -> Meth
         difference=None if label == comparison.reference else paired(test, reference),
         clients=clients,
         own=Spread({seed: fmean(values) for seed, values in own.items() if values}),
-        worst=Spread({seed: mean for seed, values in own.items() if (mean := worst_tenth(values)) is not None}),
+        worst=Spread({seed: mean for seed, values in own.items() if (mean := worst_tenth(values, metric)) is not None}),
         rounds=_spread(runs, lambda run: float(run.rounds_done)),
         costs={key: _spread(runs, partial(cost, key)) for key in COSTS},
         traffic=_spread(runs, traffic),
+        metric=metric,
     )
 
 

@@ -10,14 +10,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter
 
 from fslora.report.clients import rank_groups
 from fslora.report.comparison_looks import Look, focus
-from fslora.report.comparison_results import ClientAccuracy, MethodResult, ranked
+from fslora.report.comparison_results import ClientScore, MethodResult, level_of, ranked
 from fslora.report.comparison_tables import difference_text, result_row
-from fslora.report.style import GRID, INK, MUTED, legend_above, rank_shades, styled
-from fslora.report.text import points
+from fslora.report.merit import goodness, least, metric_of, tick_text
+from fslora.report.style import GRID, INK, MUTED, label, legend_above, rank_shades, score_axis, styled
 
 Looks = Mapping[str, Look]
 _ROW, _REST = 0.235, 1.15
@@ -27,26 +27,33 @@ _ROW, _REST = 0.235, 1.15
 @styled
 def difference_figure(entries: Sequence[MethodResult], looks: Looks) -> Figure | None:
     """Returns every method's paired differences to the reference, with intervals; None without any."""
+    metric = metric_of(entries)
     shown = sorted(
         (entry for entry in ranked(entries) if entry.difference),
-        key=lambda entry: (entry.entry.baseline, -entry.difference.mean if entry.difference else 0.0),
+        key=lambda entry: (
+            entry.entry.baseline,
+            -goodness(metric, entry.difference.mean) if entry.difference else 0.0,
+        ),
     )
     if not shown:
         return None
     figure, axes, places = _rows(shown, looks)
-    low, high = focus([(d.mean, d.low, d.high) for entry in shown if (d := entry.difference)])
-    low, high = min(low, -0.005), max(high, 0.005)
+    level = level_of(entries)
+    tiny = least(metric, level)
+    low, high = focus([(d.mean, d.low, d.high) for entry in shown if (d := entry.difference)], tiny)
+    low, high = min(low, -tiny), max(high, tiny)
     for entry in shown:
         _difference_row(axes, entry, looks[entry.label], places[entry.label], (low, high))
     axes.axvline(0, color=INK, linewidth=1, zorder=1.5)
     axes.set_xlim(low, high)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: points(share)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda change, _: tick_text(metric, change)))
     reference = next((looks[entry.label].name for entry in entries if entry.reference), "the reference")
-    axes.set_xlabel(f"test accuracy minus that of {reference}, same seed (points)")
+    unit = " (points)" if metric.percent else ""
+    axes.set_xlabel(f"test {label(metric.label)} minus that of {reference}, same seed{unit}")
     beside = axes.twinx()
     beside.grid(visible=False)
     beside.set_ylim(axes.get_ylim())
-    texts = [difference_text(result_row(entry)["difference"]) for entry in shown]
+    texts = [difference_text(metric, level, result_row(entry)["difference"]) for entry in shown]
     beside.set_yticks(list(places.values()), texts, fontsize=8)
     beside.tick_params(length=0)
     return figure
@@ -54,21 +61,25 @@ def difference_figure(entries: Sequence[MethodResult], looks: Looks) -> Figure |
 
 @styled
 def by_rank_figure(entries: Sequence[MethodResult], looks: Looks) -> Figure | None:
-    """Returns accuracy on own examples by client rank, a row per method; None before the first result."""
+    """Returns the score on own examples by client rank, a row per method; None before the first result."""
     shown = _by_own(entries)
     if not shown:
         return None
     groups = rank_groups(sorted({client.rank for entry in shown for client in entry.clients}))
     figure, axes, places = _rows(shown, looks)
     shades = rank_shades(len(groups))
+    drawn: list[float] = []
     for entry in shown:
         means = [_group_mean(entry.clients, group) for group in groups]
         known = [(mean, shade) for mean, shade in zip(means, shades, strict=True) if mean is not None]
+        drawn += [mean for mean, _ in known]
         values, colours = [mean for mean, _ in known], [shade for _, shade in known]
         place = places[entry.label]
         axes.hlines(place, min(values), max(values), color="#c3ccd6", linewidth=1.4, zorder=2)
         axes.scatter(values, [place] * len(values), 34, colours, edgecolors="white", linewidths=0.6, zorder=3)
-    _accuracy_axis(axes, "accuracy on clients' own examples, mean over clients and seeds")
+    metric = metric_of(shown)
+    axes.set_xlabel(f"{label(metric.label)} on clients' own examples, mean over clients and seeds")
+    score_axis(axes, "x", metric, drawn)
     names = [str(group[0]) if len(group) == 1 else f"{group[0]}–{group[-1]}" for group in groups]
     handles = [
         Line2D([], [], marker="o", linestyle="", markersize=6, color=shade, label=f"rank {name}")
@@ -80,14 +91,16 @@ def by_rank_figure(entries: Sequence[MethodResult], looks: Looks) -> Figure | No
 
 @styled
 def fairness_figure(entries: Sequence[MethodResult], looks: Looks) -> Figure | None:
-    """Returns the distribution over clients of the accuracy on own examples; None before the first result."""
+    """Returns the distribution over clients of the score on own examples; None before the first result."""
     shown = _by_own(entries)
     if not shown:
         return None
     figure, axes, places = _rows(shown, looks)
     for entry in shown:
         _fairness_row(axes, entry, looks[entry.label], places[entry.label])
-    _accuracy_axis(axes, "accuracy on a client's own examples")
+    metric = metric_of(shown)
+    axes.set_xlabel(f"{label(metric.label)} on a client's own examples")
+    score_axis(axes, "x", metric, [client.value for entry in shown for client in entry.clients])
     figure.legend(handles=_fairness_marks(), loc="outside upper left", ncols=4)
     return figure
 
@@ -110,12 +123,12 @@ def _difference_row(axes: Axes, entry: MethodResult, look: Look, place: float, l
 
 
 def _fairness_row(axes: Axes, entry: MethodResult, look: Look, place: float) -> None:
-    accuracies = np.array([client.accuracy for client in entry.clients])
+    values = np.array([client.value for client in entry.clients])
     # A shift that is the same each time, and even over neighbours in whatever order clients come.
-    shifts = (np.arange(len(accuracies)) * 0.618034 % 1.0 - 0.5) * 0.5
-    size, colour = (10 if len(accuracies) <= 150 else 4), look.style.colour
-    axes.scatter(accuracies, place + shifts, size, colour, linewidths=0, alpha=0.35, zorder=2)
-    first, third = np.quantile(accuracies, [0.25, 0.75])
+    shifts = (np.arange(len(values)) * 0.618034 % 1.0 - 0.5) * 0.5
+    size, colour = (10 if len(values) <= 150 else 4), look.style.colour
+    axes.scatter(values, place + shifts, size, colour, linewidths=0, alpha=0.35, zorder=2)
+    first, third = np.quantile(values, [0.25, 0.75])
     axes.barh(place, third - first, 0.62, left=first, facecolor="none", edgecolor=MUTED, linewidth=0.9, zorder=3)
     if entry.own.mean is not None:
         axes.scatter([entry.own.mean], [place], 30, colour, marker="o", edgecolors=INK, linewidths=0.9, zorder=5)
@@ -153,17 +166,12 @@ def _rows(shown: Sequence[MethodResult], looks: Looks) -> tuple[Figure, Axes, di
 def _by_own(entries: Sequence[MethodResult]) -> list[MethodResult]:
     """Those with scored clients, by the mean over clients, baselines in the end."""
     scored = [entry for entry in entries if entry.clients]
-    return sorted(scored, key=lambda entry: (entry.entry.baseline, -(entry.own.mean or 0.0)))
+    return sorted(scored, key=lambda entry: (entry.entry.baseline, -goodness(entry.metric, entry.own.mean or 0.0)))
 
 
-def _group_mean(clients: Sequence[ClientAccuracy], ranks: Sequence[int]) -> float | None:
+def _group_mean(clients: Sequence[ClientScore], ranks: Sequence[int]) -> float | None:
     """Mean over seeds of the mean over the clients of these ranks."""
     seeds = dict.fromkeys(client.seed for client in clients)
-    held = [[c.accuracy for c in clients if c.seed == seed and c.rank in ranks] for seed in seeds]
+    held = [[c.value for c in clients if c.seed == seed and c.rank in ranks] for seed in seeds]
     means = [fmean(values) for values in held if values]
     return fmean(means) if means else None
-
-
-def _accuracy_axis(axes: Axes, title: str) -> None:
-    axes.set_xlabel(title)
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fslora.metrics import Metric
+from fslora.report import merit
 from fslora.report.comparison import ComparisonRecord, read_comparison
-from fslora.report.comparison_results import COSTS, Difference, MethodResult, Spread, ranked, results
-from fslora.report.style import score
+from fslora.report.comparison_results import COSTS, Difference, MethodResult, Spread, level_of, ranked, results
+from fslora.report.read import score
 from fslora.report.tables import Column, Row, Table, fact_text
-from fslora.report.text import byte_text, counted, duration, operations, percent, plain, points
+from fslora.report.text import byte_text, counted, duration, operations, plain
 
-OUTCOME = ("label", "test_accuracy", "difference", "own_accuracy", "worst_tenth", "rounds", "chosen", "seeds")
-"""Columns of the table that say how it ended."""
 PRICE = ("label", *COSTS)
 """Columns that say what it cost."""
+
+
+def outcome(metric: Metric) -> tuple[str, ...]:
+    """Returns the columns of the table that say how it ended."""
+    scores = (f"test_{metric.name}", "difference", f"own_{metric.name}", "worst_tenth")
+    return ("label", *scores, "rounds", "chosen", "seeds")
 
 
 def comparison_table(path: str | Path) -> Table:
@@ -33,11 +40,10 @@ def results_table(comparison: ComparisonRecord, entries: Sequence[MethodResult])
     shown = ranked(entries)
     titles = {entry.label: f"{entry.title} (reference)" if entry.reference else entry.title for entry in shown}
     first = next((position for position, entry in enumerate(shown) if entry.entry.baseline), None)
-    columns = (Column("label", "method", lambda label: plain(titles[label], 60), number=False), *_COLUMNS)
-    reference = plain(comparison.reference, 24)
+    named = Column("label", "method", lambda label: plain(titles[label], 60), number=False)
     return Table(
         title=f"{plain(comparison.name)}: {size_text(entries)}, {counted(len(comparison.seeds), 'seed')}",
-        columns=tuple(_titled(column, reference) for column in columns),
+        columns=(named, *_scores(comparison, level_of(entries)), *_COLUMNS),
         rows=tuple(result_row(entry) for entry in shown),
         groups={first: "baselines"} if first else {},
         note=" ".join([*caption(comparison, entries), *problems(entries)]),
@@ -53,9 +59,9 @@ def result_row(entry: MethodResult) -> Row:
         "baseline": entry.entry.baseline,
         "reference": entry.reference,
         "personal": entry.personal,
-        "test_accuracy": _spread(entry.test),
+        f"test_{entry.metric.name}": _spread(entry.test),
         "difference": _difference(entry.difference),
-        "own_accuracy": _spread(entry.own),
+        f"own_{entry.metric.name}": _spread(entry.own),
         "worst_tenth": _spread(entry.worst),
         **{key: spread.mean for key, spread in entry.costs.items()},
         "rounds": entry.rounds.mean,
@@ -79,25 +85,27 @@ def size_text(entries: Sequence[MethodResult]) -> str:
 
 def caption(comparison: ComparisonRecord, entries: Sequence[MethodResult]) -> list[str]:
     """Returns what must be said beside the numbers: seeds, budget, reference, and what ± and † are."""
-    reference = plain(comparison.reference)
+    reference, metric = plain(comparison.reference), comparison.metric
     sentences = [f"Budget of every method: {comparison.budget.text()}."]
     if comparison.budget.kind == "bytes" and any(entry.entry.baseline for entry in entries):
         sentences.append("It does not bind baselines, which send nothing or would send other things.")
     if len(comparison.seeds) > 1:
         sentences += [
-            f"Test accuracy: mean ± standard deviation over {len(comparison.seeds)} seeds.",
+            f"Test {metric.label}: mean ± standard deviation over {len(comparison.seeds)} seeds.",
             f"Difference: to {reference} with the same seed, mean and 95 % t interval over the seeds in which both "
             "finished.",
         ]
     else:
         sentences += [f"One seed: no spread and no interval. Difference: to {reference} with the same seed."]
+    if not metric.higher_is_better:
+        sentences.append(merit.direction(metric))
     if any(entry.own.n for entry in entries):
         sentences.append(
-            "Own examples: accuracy of clients on what they held out themselves, mean over clients; worst tenth: mean "
-            "over the lowest tenth of them."
+            f"Own examples: {metric.label} of clients on what they held out themselves, mean over clients; worst "
+            f"tenth: mean over the {merit.worst_word(metric)} tenth of them."
         )
     if any(entry.personal for entry in entries):
-        sentences.append("† serves one model per client: its test accuracy is the mean over these models.")
+        sentences.append(f"† serves one model per client: its test {metric.label} is the mean over these models.")
     return sentences
 
 
@@ -109,6 +117,12 @@ def problems(entries: Sequence[MethodResult]) -> list[str]:
             reasons = plain("; ".join(entry.problems), 200)
             sentences.append(
                 f"{plain(entry.label)}: {entry.failed} of {counted(entry.seeds, 'seed')} failed: {reasons}."
+            )
+        unscored = len(entry.runs) - entry.test.n
+        if unscored:
+            sentences.append(
+                f"{plain(entry.label)}: {unscored} of {counted(entry.seeds, 'seed')} finished without a finite test "
+                f"{entry.metric.label}."
             )
     waiting = [f"{plain(entry.label)} ({entry.waiting})" for entry in entries if entry.waiting]
     return [*sentences, f"Seeds still to come: {', '.join(waiting)}."] if waiting else sentences
@@ -138,6 +152,7 @@ def settings_table(comparison: ComparisonRecord) -> Table:
 
 def grid_table(comparison: ComparisonRecord) -> Table:
     """Returns one row per point that was tried, the chosen one marked; none where nothing was to be chosen."""
+    metric = comparison.metric
     rows: list[Row] = []
     for label in comparison.labels:
         entry = comparison.methods[label]
@@ -148,17 +163,17 @@ def grid_table(comparison: ComparisonRecord) -> Table:
                 {
                     "label": label,
                     "point": dict(point.point),
-                    "accuracy": score(point.validation, "accuracy"),
-                    "loss": score(point.validation, "loss"),
+                    **{name: score(point.validation, name) for name in (metric.name, "loss")},
                     "chosen": chosen,
                     "error": point.error,
                 }
             )
+    shown = {metric.name: Column(metric.name, f"validation {metric.label}", partial(merit.value_text, metric))}
+    shown["loss"] = Column("loss", "validation loss", lambda loss: f"{loss:.4f}")
     columns = (
         Column("label", "method", lambda text: plain(text, 60), number=False),
         Column("point", "point", assignments, number=False),
-        Column("accuracy", "validation accuracy", percent),
-        Column("loss", "validation loss", lambda loss: f"{loss:.4f}"),
+        *shown.values(),
         Column("chosen", "", lambda chosen: "chosen" if chosen else "", number=False),
         Column("error", "failed", lambda text: plain(text, 300), number=False),
     )
@@ -197,11 +212,16 @@ def assignments(values: Mapping[str, Any]) -> str:
     return ", ".join(unbroken) or "as configured"
 
 
-def _titled(column: Column, reference: str) -> Column:
-    """The column with the reference's name in its title."""
-    if column.key != "difference":
-        return column
-    return Column(column.key, f"difference to {reference}, points", column.show, column.number, column.minor)
+def _scores(comparison: ComparisonRecord, level: float) -> tuple[Column, ...]:
+    """The columns of scores, which are about ``level``; the reference is named in the title of differences to it."""
+    metric, reference = comparison.metric, plain(comparison.reference, 24)
+    unit, between = merit.in_title(metric), merit.change_title(metric)
+    return (
+        Column(f"test_{metric.name}", f"test {metric.label}{unit}", partial(spread_text, metric)),
+        Column("difference", f"difference to {reference}{between}", partial(difference_text, metric, level)),
+        Column(f"own_{metric.name}", f"own examples{unit}", partial(mean_text, metric), minor=3),
+        Column("worst_tenth", f"worst tenth{unit}", partial(mean_text, metric), minor=2),
+    )
 
 
 def _spread(spread: Spread) -> Row | None:
@@ -219,22 +239,21 @@ def _difference(difference: Difference | None) -> Row | None:
     return {"mean": difference.mean, **ends, "n": difference.n, "by_seed": by_seed}
 
 
-def spread_text(spread: Row) -> str:
-    """Returns mean and standard deviation in percent, without the sign."""
-    deviation = "" if spread["sd"] is None else f" ± {100 * spread['sd']:.1f}"
-    return f"{100 * spread['mean']:.1f}{deviation}"
+def spread_text(metric: Metric, spread: Row) -> str:
+    """Returns mean and standard deviation without the unit."""
+    return merit.spread_text(metric, spread["mean"], spread["sd"])
 
 
-def difference_text(difference: Row) -> str:
-    """Returns a mean difference and its interval in points."""
-    if difference["low"] is None:
-        return points(difference["mean"])
-    return f"{points(difference['mean'])} [{points(difference['low'])}, {points(difference['high'])}]"
+def difference_text(metric: Metric, level: float, difference: Row) -> str:
+    """Returns a mean difference and its interval, in points where scores are in per cent, and else like ``level``."""
+    parts = [difference[part] for part in ("mean", "low", "high")]
+    mean, low, high = (merit.change_text(metric, part, level, *parts) for part in parts)
+    return mean if difference["low"] is None else f"{mean} [{low}, {high}]"
 
 
-def mean_text(spread: Row) -> str:
-    """Returns the mean in percent, without the sign."""
-    return f"{100 * spread['mean']:.1f}"
+def mean_text(metric: Metric, spread: Row) -> str:
+    """Returns the mean without the unit."""
+    return merit.number_text(metric, spread["mean"])
 
 
 def _seeds_text(seeds: Row) -> str:
@@ -242,10 +261,6 @@ def _seeds_text(seeds: Row) -> str:
 
 
 _COLUMNS = (
-    Column("test_accuracy", "test accuracy,\N{NO-BREAK SPACE}%", spread_text),
-    Column("difference", "difference", difference_text),
-    Column("own_accuracy", "own examples,\N{NO-BREAK SPACE}%", mean_text, minor=3),
-    Column("worst_tenth", "worst tenth,\N{NO-BREAK SPACE}%", mean_text, minor=2),
     Column("bytes_down", "down", byte_text, minor=4),
     Column("bytes_up", "up", byte_text, minor=4),
     Column("client_memory_bytes", "client memory", byte_text, minor=6),

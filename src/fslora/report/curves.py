@@ -1,4 +1,4 @@
-"""Figures over rounds: accuracy, loss, and which parts of the adapter were trained."""
+"""Figures over rounds: scores, loss, and which parts of the adapter were trained."""
 
 from __future__ import annotations
 
@@ -11,34 +11,44 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from fslora.report.read import Baseline, RoundRow, RunRecord
-from fslora.report.style import INK, label, legend_above, line, round_axis, run_styles, score, styled
-from fslora.report.text import byte_unit, decimal, percent
+from fslora.metrics import Metric
+from fslora.report.merit import LOSS, loss_unit, metric_of, value_text
+from fslora.report.read import Baseline, RoundRow, RunRecord, score
+from fslora.report.style import INK, label, legend_above, line, round_axis, run_styles, score_axis, styled
+from fslora.report.text import byte_unit
 
 _Points = tuple[list[float], list[float]]
 
 
 @styled
-def accuracy_figure(records: Sequence[RunRecord]) -> Figure | None:
-    """Returns validation accuracy by round and by cumulative bytes; None before the first evaluation."""
-    curves = [_curve(record, lambda row: score(row.validation, "accuracy")) for record in records]
+def score_figure(records: Sequence[RunRecord]) -> Figure | None:
+    """Returns the validation score by round and by cumulative bytes; None before the first evaluation.
+
+    All runs are drawn by the metric of the first.
+    """
+    metric = metric_of(records)
+
+    def value(row: RoundRow) -> float | None:
+        return score(row.validation, metric.name)
+
+    curves = [_curve(record, value) for record in records]
     if not any(values for _, values in curves):
         return None
     figure = Figure(figsize=(10, 4.1))
     left, right = figure.subplots(1, 2, sharey=True)
     handles: list[Line2D] = []
-    traffic = [_curve(record, lambda row: score(row.validation, "accuracy"), _bytes_at) for record in records]
+    traffic = [_curve(record, value, _bytes_at) for record in records]
     size, unit = byte_unit(max((x for xs, _ in traffic for x in xs), default=0.0))
     for look, curve, (bytes_sent, values) in zip(run_styles(records), curves, traffic, strict=True):
         if curve[1]:
-            handles.append(line(left, look, curve, f"{look.label}, newest {percent(curve[1][-1])}"))
+            handles.append(line(left, look, curve, f"{look.label}, newest {value_text(metric, curve[1][-1])}"))
             line(right, look, ([x / size for x in bytes_sent], values))
-    handles += _reference((left, right), records, "accuracy")
-    left.set(title="by round", ylabel="validation accuracy")
+    handles += _reference((left, right), records, metric)
+    left.set(title="by round", ylabel=f"validation {label(metric.label)}")
     right.set(title="by traffic", xlabel=f"bytes down and up, all clients so far ({unit})")
     _byte_scale(right, [xs for xs, _ in traffic])
     round_axis(left)
-    left.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    score_axis(left, "y", metric, [value for _, values in curves for value in values])
     legend_above(figure, handles)
     return figure
 
@@ -50,6 +60,7 @@ def loss_figure(records: Sequence[RunRecord]) -> Figure | None:
     checked = [_curve(record, lambda row: score(row.validation, "loss")) for record in records]
     if not any(values for _, values in local):
         return None
+    unit = loss_unit(metric_of(records))
     with_validation = any(values for _, values in checked)
     figure = Figure(figsize=(10, 3.8))
     panels = list(figure.subplots(1, 2 if with_validation else 1, squeeze=False)[0])
@@ -59,10 +70,10 @@ def loss_figure(records: Sequence[RunRecord]) -> Figure | None:
         handles.append(line(panels[0], look, (rounds, _smooth(values)), look.label, marked=len(values) < 3))
         if with_validation:
             line(panels[1], look, evaluated)
-    panels[0].set(title="local training", ylabel="mean loss of the cohort (nats)")
+    panels[0].set(title="local training", ylabel=f"mean loss of the cohort{unit}")
     if with_validation:
-        handles += _reference((panels[1],), records, "loss")
-        panels[1].set(title="validation", ylabel="mean loss (nats)")
+        handles += _reference((panels[1],), records, LOSS)
+        panels[1].set(title="validation", ylabel=f"mean loss{unit}")
     for axes in panels:
         round_axis(axes)
     legend_above(figure, handles)
@@ -124,15 +135,14 @@ def _bytes_at(row: RoundRow) -> float:
     return float(row.bytes_total)
 
 
-def _reference(panels: Sequence[Axes], records: Sequence[RunRecord], metric: str) -> list[Line2D]:
+def _reference(panels: Sequence[Axes], records: Sequence[RunRecord], metric: Metric) -> list[Line2D]:
     """Draws the frozen base's validation score as a dashed line; returns its legend entry."""
     baseline: Baseline | None = next((record.baseline for record in records if record.baseline), None)
-    value = score(baseline.validation, metric) if baseline else None
+    value = score(baseline.validation, metric.name) if baseline else None
     if baseline is None or value is None:
         return []
-    shown = percent(value) if metric == "accuracy" else decimal(value)
     drawn = [axes.axhline(value, color=INK, linestyle=(0, (4, 3)), linewidth=1.1, zorder=1.5) for axes in panels]
-    drawn[0].set_label(f"{label(baseline.name, 40)}, {shown}")
+    drawn[0].set_label(f"{label(baseline.name, 40)}, {value_text(metric, value)}")
     return drawn[:1]
 
 

@@ -6,10 +6,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite
+from typing import Literal
 
-from fslora.report.read import RunRecord, Scores
+from fslora.report.merit import better, changed_text, distance_text, sampling_error, value_text
+from fslora.report.read import RunRecord, score
 from fslora.report.tables import flat, last_validation, trained_ranks
-from fslora.report.text import byte_text, count, counted, duration, margin95, percent, plain, points, span
+from fslora.report.text import byte_text, count, counted, duration, percent, plain, span
 
 
 @dataclass(frozen=True)
@@ -66,37 +68,50 @@ def _what(record: RunRecord) -> str:
 
 
 def _result(record: RunRecord) -> str:
-    if record.summary is None or record.summary.test.after.accuracy is None:
-        newest = last_validation(record)
+    metric = record.metric
+    after = _test(record)
+    if after is None:
+        newest = last_validation(record, metric)
+        tested = record.summary is not None and record.summary.test.after
+        none = f"The test gave no finite {metric.label}" if tested else "No test yet"
         if newest is None:
-            return "Nothing has been evaluated yet."
-        reference = record.baseline.validation.accuracy if record.baseline else None
-        beside = "" if reference is None else f"; {_reference_name(record)} reaches {percent(reference)}"
-        return f"No test yet. The newest validation accuracy is {percent(newest)}{beside}."
-    test = record.summary.test
-    sentence = f"Test accuracy went from {percent(test.before.accuracy)} to {percent(test.after.accuracy)}"
-    if test.before.accuracy is None:
-        sentence = f"Test accuracy is {percent(test.after.accuracy)}"
-    reference = record.baseline.test.accuracy if record.baseline else None
+            return f"{none}." if tested else "Nothing has been evaluated yet."
+        reference = _reference(record, "validation")
+        beside = "" if reference is None else f"; {_reference_name(record)} reaches {value_text(metric, reference)}"
+        return f"{none}. The newest validation {metric.label} is {value_text(metric, newest)}{beside}."
+    before = score(record.summary.test.before, metric.name) if record.summary else None
+    sentence = f"Test {metric.label} went from {value_text(metric, before)} to {value_text(metric, after)}"
+    if before is None:
+        sentence = f"Test {metric.label} is {value_text(metric, after)}"
+    reference = _reference(record, "test")
     if reference is None:
         return f"{sentence}."
-    return f"{sentence}; {_reference_name(record)} reaches {percent(reference)}. {_verdict(record, reference)}"
+    verdict = _verdict(record, after, reference)
+    return f"{sentence}; {_reference_name(record)} reaches {value_text(metric, reference)}. {verdict}"
 
 
-def _verdict(record: RunRecord, reference: float) -> str:
+def _verdict(record: RunRecord, after: float, reference: float) -> str:
     """How the result stands to the reference; a difference within the sampling error is called none."""
-    after = record.summary.test.after.accuracy if record.summary else None
-    if after is None:
-        return ""
-    difference = after - reference
+    metric, difference = record.metric, after - reference
     examples = record.data.examples.get("test") if record.data else None
-    margins = [margin95(share, examples) for share in (after, reference)]
+    margins = [sampling_error(metric, value, examples) for value in (after, reference)]
     error = sum(margin**2 for margin in margins if margin is not None) ** 0.5
-    amount = f"{points(abs(difference)).removeprefix('+')} points"
     if abs(difference) <= error:
         sample = f"the sampling error of {count(examples)} test examples"
-        return f"The difference, {points(difference)} points, is within {sample}."
-    return f"Federated fine-tuning is {amount} {'above' if difference > 0 else 'below'} it."
+        return f"The difference, {changed_text(metric, difference, after)}, is within {sample}."
+    side = "above" if difference > 0 else "below"
+    aside = "" if metric.higher_is_better else f", which is {'better' if side == better(metric) else 'worse'}"
+    return f"Federated fine-tuning is {distance_text(metric, difference, after)} {side} it{aside}."
+
+
+def _test(record: RunRecord) -> float | None:
+    """The score on the test after training."""
+    return score(record.summary.test.after, record.metric.name) if record.summary else None
+
+
+def _reference(record: RunRecord, split: Literal["validation", "test"]) -> float | None:
+    """The score of the reference without federated training."""
+    return score(getattr(record.baseline, split), record.metric.name) if record.baseline else None
 
 
 def _reference_name(record: RunRecord) -> str:
@@ -124,29 +139,23 @@ def _tiles(record: RunRecord) -> list[Tile]:
 
 
 def _score_tiles(record: RunRecord) -> list[Tile]:
-    test = record.summary.test if record.summary else None
-    baseline = record.baseline
-    if test is None or test.after.accuracy is None:
-        newest = last_validation(record)
-        tiles = [] if newest is None else [Tile("Validation accuracy", percent(newest), "newest")]
-        reference = baseline.validation if baseline else Scores()
-        current = newest
+    metric, after = record.metric, _test(record)
+    if after is None:
+        current = last_validation(record, metric)
+        tiles = [] if current is None else [Tile(f"Validation {metric.label}", value_text(metric, current), "newest")]
+        reference = _reference(record, "validation")
     else:
-        margin = margin95(test.after.accuracy, record.data.examples.get("test") if record.data else None)
+        current = after
+        margin = sampling_error(metric, after, record.data.examples.get("test") if record.data else None)
         error = "" if margin is None else f"± {100 * margin:.1f}, "
-        tiles = [
-            Tile(
-                "Test accuracy",
-                percent(test.after.accuracy),
-                f"{error}before {percent(test.before.accuracy)}",
-            )
-        ]
-        reference = baseline.test if baseline else Scores()
-        current = test.after.accuracy
-    if baseline and reference.accuracy is not None:
-        gain = None if current is None else current - reference.accuracy
-        remark = "" if gain is None else f"this run: {points(gain)} points"
-        tiles.append(Tile(plain(baseline.name, 40).capitalize(), percent(reference.accuracy), remark))
+        before = score(record.summary.test.before, metric.name) if record.summary else None
+        aside = "" if metric.higher_is_better else "; lower is better"
+        remark = f"{error}before {value_text(metric, before)}{aside}"
+        tiles = [Tile(f"Test {metric.label}", value_text(metric, after), remark)]
+        reference = _reference(record, "test")
+    if record.baseline and reference is not None:
+        remark = "" if current is None else f"this run: {changed_text(metric, current - reference, current)}"
+        tiles.append(Tile(plain(record.baseline.name, 40).capitalize(), value_text(metric, reference), remark))
     return tiles
 
 

@@ -15,11 +15,13 @@ from typing import Any
 from fslora.errors import ArtifactError
 from fslora.report.figures import NAMES, Drawn, draw_all
 from fslora.report.headline import Headline, changes, headline
+from fslora.report.merit import direction, is_counted
 from fslora.report.read import RunRecord, read_run
 from fslora.report.style import save
 from fslora.report.tables import (
     Column,
     Table,
+    by_label_table,
     class_table,
     clients_table,
     closing_table,
@@ -63,7 +65,7 @@ def _html(record: RunRecord, top: Headline, drawn: list[Drawn], files: Files) ->
     body = [
         *head(record.name, top, finished=record.finished),
         *section("Runs", _runs_part(record)),
-        *section("Training", (pictures[name] for name in ("accuracy", "loss") if name in pictures)),
+        *section("Training", (pictures[name] for name in ("accuracy", "score", "loss") if name in pictures)),
         *section("Fleet", (pictures[name] for name in ("bytes", "coverage") if name in pictures)),
         *section("Clients", _clients_part(record, pictures)),
         *section("Data", _data_part(record, pictures)),
@@ -123,13 +125,10 @@ def section(title: str, parts: Iterable[str]) -> Iterator[str]:
 
 def _runs_part(record: RunRecord) -> Iterator[str]:
     yield drawn_table(closing_table(record.runs))
-    examples = record.data.examples.get("test") if record.data else None
-    sampled = f" of {count(examples)} test examples" if examples else ""
-    yield remark(
-        "Before and after: test accuracy without and with federated training. "
-        f"± is the 95 % sampling error{sampled}; it does not hold what another seed would change. "
-        "Down and up: all clients together."
-    )
+    yield remark(" ".join(_reading(record)))
+    by_label = by_label_table(record.runs)
+    if by_label.rows:
+        yield titled_table(by_label)
     changed = changes(record)
     if changed and record.main:
         rows = tuple({"variant": name, "change": text} for name, text in changed.items())
@@ -138,6 +137,19 @@ def _runs_part(record: RunRecord) -> Iterator[str]:
             Column("change", "changes", lambda text: plain(text, 300), number=False),
         )
         yield titled_table(Table("What the variants change", columns, rows), folded=False)
+
+
+def _reading(record: RunRecord) -> Iterator[str]:
+    """How to read the closing table."""
+    metric = record.metric
+    examples = record.data.examples.get("test") if record.data else None
+    yield f"Before and after: test {metric.label} without and with federated training."
+    if not metric.higher_is_better:
+        yield direction(metric)
+    if is_counted(metric):
+        sampled = f" of {count(examples)} test examples" if examples else ""
+        yield f"± is the 95 % sampling error{sampled}; it does not hold what another seed would change."
+    yield "Down and up: all clients together."
 
 
 def _clients_part(record: RunRecord, pictures: dict[str, str]) -> Iterator[str]:

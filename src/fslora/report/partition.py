@@ -12,6 +12,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from fslora.errors import ArtifactError
+from fslora.report.merit import strata
 from fslora.report.read import DataRecord
 from fslora.report.style import CATEGORIES, bar_width, by_rank, client_axis, label, rank_panel, styled
 from fslora.report.tables import label_name
@@ -32,8 +33,8 @@ def has_partition(data: DataRecord | None) -> TypeGuard[DataRecord]:
 def partition_figure(data: DataRecord) -> Figure:
     """Returns clients by classes under the clients' ranks.
 
-    Up to eight classes are stacked bars. More are a map with one row per class, which stays legible for about
-    150 classes and 200 clients.
+    One class is plain bars, up to eight are stacked ones. More are a map with one row per class, which stays legible
+    for about 150 classes and 200 clients.
 
     Raises:
         ArtifactError: The record holds no fleet or no counts.
@@ -84,6 +85,8 @@ def _stack(figure: Figure, axes: Axes, data: DataRecord, counts: Counts) -> None
         base += held
     axes.set_ylabel("training examples")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    if not data.partition.several:
+        return
     names = [label(label_name(data, index), 32) for index in range(counts.shape[1])]
     handles = [Patch(facecolor=colour, label=name) for name, colour in zip(names, CATEGORIES, strict=False)]
     columns = max(1, min(len(names), 110 // (max(map(len, names)) + 6)))
@@ -104,7 +107,7 @@ def _heat(figure: Figure, axes: Axes, data: DataRecord, counts: Counts) -> None:
     named = range(0, classes, every)
     axes.set_yticks(list(named), [label(label_name(data, index), 32) for index in named])
     axes.tick_params(axis="y", length=0, labelsize=float(np.clip(_row_height(classes) * 58, 4.6, 8)))
-    axes.set_ylabel(f"{classes} classes")
+    axes.set_ylabel(f"{classes} {strata(data.metric)[1]}")
     bar = figure.colorbar(mesh, ax=axes, shrink=min(1.0, 3.0 / (classes * _row_height(classes))), aspect=22)
     bar.set_label("training examples (none: blank)")
     bar.outline.set_visible(False)

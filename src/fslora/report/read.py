@@ -10,26 +10,23 @@ import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from fslora.errors import ArtifactError
+from fslora.metrics import Metric
+from fslora.report.merit import ACCURACY, read_label
 from fslora.types import Client
 
 PARTS = ("experiment.toml", "environment.json", "data.json", "baseline.json", "metrics.jsonl", "summary.json")
 """The files that make a folder a run folder; any one of them is enough."""
 
 Part = TypeVar("Part")
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Accuracy (0 to 1) and mean loss (nats) on one set of examples."""
-
-    accuracy: float | None = None
-    loss: float | None = None
+Scores = Mapping[str, float]
+"""Mean loss and any metrics by name, on one set of examples; shares from 0 to 1. What is missing is not known."""
 
 
 @dataclass(frozen=True)
@@ -91,12 +88,19 @@ class Partition:
     holdout: tuple[int, ...] = ()
     """Examples that each client keeps for its own test."""
 
+    @property
+    def several(self) -> bool:
+        """Whether examples are told apart: there is more than one class."""
+        return max(map(len, self.label_counts), default=0) > 1
+
 
 @dataclass(frozen=True)
 class DataRecord:
     """What data.json says: the data, its partition and the fleet."""
 
     name: str = "unknown"
+    metric: Metric = ACCURACY
+    """What runs are judged by; folders that do not record it are of classes."""
     label_names: tuple[str, ...] = ()
     statistics: Mapping[str, Any] = field(default_factory=dict)
     examples: Mapping[str, int] = field(default_factory=dict)
@@ -112,16 +116,16 @@ class Baseline:
     """The reference without federated training."""
 
     name: str = "frozen base + linear head"
-    validation: Scores = field(default_factory=Scores)
-    test: Scores = field(default_factory=Scores)
+    validation: Scores = field(default_factory=dict)
+    test: Scores = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class BeforeAfter:
     """The same examples before the first round and after the last."""
 
-    before: Scores = field(default_factory=Scores)
-    after: Scores = field(default_factory=Scores)
+    before: Scores = field(default_factory=dict)
+    after: Scores = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,8 @@ class Summary:
     rounds: int = 0
     finished: bool = False
     test: BeforeAfter = field(default_factory=BeforeAfter)
+    by_label: Mapping[str, BeforeAfter] = field(default_factory=dict)
+    """The test by task or stratum, where that is recorded."""
     clients: tuple[ClientScores, ...] = ()
     bytes_down: int | None = None
     bytes_up: int | None = None
@@ -190,6 +196,11 @@ class RunRecord:
     def fleet(self) -> tuple[Client, ...]:
         """The clients; empty while data.json is not written."""
         return self.data.fleet if self.data else ()
+
+    @property
+    def metric(self) -> Metric:
+        """What the run is judged by."""
+        return self.data.metric if self.data else ACCURACY
 
     @property
     def method(self) -> str:
@@ -259,6 +270,7 @@ def parse_data(fields: Mapping[str, Any], source: str = "data.json") -> DataReco
         ArtifactError: A value has the wrong type, or clients and partition do not match.
     """
     data = validated(DataRecord, fields, source)
+    data = replace(data, metric=read_label(data.metric))
     clients = len(data.fleet)
     for key, length in (
         ("label_counts", len(data.partition.label_counts)),
@@ -270,6 +282,22 @@ def parse_data(fields: Mapping[str, Any], source: str = "data.json") -> DataReco
                 "the file is damaged, run the experiment again"
             )
     return data
+
+
+def score(scores: Scores | None, name: str) -> float | None:
+    """Returns one finite score, or None."""
+    value = scores.get(name) if scores else None
+    return value if value is not None and isfinite(value) else None
+
+
+def parse_metric(fields: Mapping[str, Any] | None, source: str | Path) -> Metric:
+    """Returns the ``metric`` of a mapping in the form of data.json; accuracy where there is none.
+
+    Raises:
+        ArtifactError: A value has the wrong type; the error names ``source``.
+    """
+    given = (fields or {}).get("metric")
+    return ACCURACY if given is None else read_label(validated(Metric, given, f"{source}: metric"))
 
 
 def validated(kind: type[Part], fields: object, source: str | Path) -> Part:

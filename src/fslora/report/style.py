@@ -6,8 +6,7 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, wraps
-from math import isfinite
-from typing import ParamSpec, TypeVar
+from typing import Literal, ParamSpec, TypeVar
 
 from matplotlib import style
 from matplotlib.axes import Axes
@@ -15,9 +14,11 @@ from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, fontManager, get_font
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter, ScalarFormatter
 
-from fslora.report.read import RunRecord, Scores
+from fslora.metrics import Metric
+from fslora.report.merit import wide
+from fslora.report.read import RunRecord
 from fslora.report.text import plain
 from fslora.types import Client
 
@@ -159,15 +160,35 @@ def client_axis(axes: Axes, fleet: Sequence[Client], order: Sequence[int]) -> No
         axes.set_xlabel(f"{len(order)} clients, by increasing rank, then id")
 
 
+def score_axis(
+    axes: Axes, along: Literal["x", "y"], metric: Metric, values: Sequence[float] = (), *, decimals: int | None = 0
+) -> None:
+    """Writes the numbers of an axis of scores in the metric's unit.
+
+    Args:
+        axes: The panel.
+        along: Which of its axes.
+        metric: What is drawn.
+        values: All that are drawn: the axis is logarithmic where they would otherwise crowd at one end.
+        decimals: Of per cents; None for as many as the panel needs.
+    """
+    logarithmic = wide(metric, values)
+    if logarithmic:
+        axes.set(**{f"{along}scale": "log"})
+    axis = axes.xaxis if along == "x" else axes.yaxis
+    if metric.percent:
+        axis.set_major_formatter(PercentFormatter(1.0, decimals=decimals, symbol=" %"))
+    elif logarithmic:
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        axis.set_minor_formatter(NullFormatter())
+    else:
+        axis.set_major_formatter(ScalarFormatter(useOffset=False))
+
+
 def bar_width(bars: int) -> float:
     """Returns the width of one bar: touching where there are many."""
     return 0.8 if bars <= 80 else 1.0
-
-
-def score(scores: Scores | None, metric: str) -> float | None:
-    """Returns one finite score, or None."""
-    value: float | None = getattr(scores, metric) if scores else None
-    return value if value is not None and isfinite(value) else None
 
 
 def line(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import isfinite
+from statistics import fmean, median
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -12,20 +14,20 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from fslora.report.read import Baseline, DataRecord, RunRecord, Scores
-from fslora.report.text import (
-    NONE,
-    byte_text,
-    count,
-    decimal,
-    duration,
-    margin95,
-    markdown_text,
-    percent,
-    plain,
-    points,
-    span,
+from fslora.metrics import Metric
+from fslora.report.merit import (
+    capital,
+    change_text,
+    direction,
+    gain_title,
+    metric_of,
+    sampling_error,
+    strata,
+    unusual,
+    value_text,
 )
+from fslora.report.read import Baseline, DataRecord, RunRecord, Scores, score
+from fslora.report.text import NONE, byte_text, count, decimal, duration, markdown_text, percent, plain, span
 
 Row = dict[str, Any]
 """Column key → a JSON value, never formatted; None where there is no value."""
@@ -124,30 +126,73 @@ class Table:
 
 
 def closing_table(records: Sequence[RunRecord]) -> Table:
-    """Returns one row per run, and one per frozen-base reference, which is there once per data set."""
+    """Returns one row per run, and one per frozen-base reference, which is there once per data set.
+
+    All are shown by the metric of the first.
+    """
+    metric = metric_of(records)
     references: list[tuple[Baseline, int | None]] = []
     for record in records:
         reference = (record.baseline, _test_examples(record)) if record.baseline else None
-        if reference and reference not in references:
+        if reference and (reference[0].validation or reference[0].test) and reference not in references:
             references.append(reference)
-    rows = [_run_row(record) for record in records]
-    rows += [_baseline_row(baseline, examples) for baseline, examples in references]
+    rows = [_run_row(record, metric) for record in records]
+    rows += [_baseline_row(baseline, examples, metric) for baseline, examples in references]
     pending = any(row["test_after"] is None for row in rows)
-    columns = [column for column in _CLOSING if pending or column.key != "validation"]
-    return Table("Runs", tuple(columns), tuple(rows)).compact()
+    columns = [column for column in _closing(metric) if pending or column.key != "validation"]
+    return Table("Runs", tuple(columns), tuple(rows), note=unusual(metric)).compact()
+
+
+def by_label_table(records: Sequence[RunRecord]) -> Table:
+    """Returns the test scores by label (a task, a stratum), and their mean; no rows where there are fewer than two.
+
+    Before training as the first run has it, and after it of every run.
+    """
+    metric = metric_of(records)
+    tests = {f"after_{place}": record.summary.by_label for place, record in enumerate(records) if record.summary}
+    before = next(iter(tests.values()), {})
+    scores = {"before": {label: test.before for label, test in before.items()}}
+    scores |= {key: {label: test.after for label, test in by_label.items()} for key, by_label in tests.items()}
+    several = len(tests) > 1
+    titles = {f"after_{place}": f"after, {run.label}" if several else "after" for place, run in enumerate(records)}
+    columns = (
+        Column("label", "", lambda text: plain(text, 40), number=False),
+        Column("before", "before", partial(value_text, metric)),
+        *(Column(key, titles[key], partial(value_text, metric)) for key in tests),
+    )
+    rows = tuple(label_rows(metric, scores))
+    return Table(f"Test {metric.label} by label", columns, rows, note=direction(metric)).compact()
+
+
+def label_rows(metric: Metric, scores: Mapping[str, Mapping[str, Scores]]) -> list[Row]:
+    """Returns one row per label with a value of each column, and their means where every label has one.
+
+    Args:
+        metric: What is shown.
+        scores: Column → label → scores; the same labels in all columns, as far as they are known.
+    """
+    labels = list(dict.fromkeys(label for column in scores.values() for label in column))
+    if len(labels) < 2:
+        return []
+    known = {key: [score(column.get(label), metric.name) for label in labels] for key, column in scores.items()}
+    finite = {key: [value for value in values if value is not None] for key, values in known.items()}
+    means = {key: fmean(values) if len(values) == len(labels) else None for key, values in finite.items()}
+    rows: list[Row] = [{"label": label, **{key: known[key][i] for key in known}} for i, label in enumerate(labels)]
+    return [*rows, {"label": f"mean over {len(labels)}", **means}]
 
 
 def fleet_table(data: DataRecord, top: int = 3) -> Table:
-    """Returns one row per client: rank, examples, and its most frequent classes.
+    """Returns one row per client: rank, examples, and its most frequent classes where there are several.
 
     Args:
         data: The data record.
         top: Classes to name per client.
     """
+    _, plural = strata(data.metric)
     partition = data.partition
     rows: list[Row] = []
     for position, client in enumerate(data.fleet):
-        counts = partition.label_counts[position] if partition.label_counts else ()
+        counts = partition.label_counts[position] if partition.several else ()
         rows.append(
             {
                 "client": client.id,
@@ -163,19 +208,23 @@ def fleet_table(data: DataRecord, top: int = 3) -> Table:
         Column("rank", "rank"),
         Column("examples", "training examples", count),
         Column("holdout", "own test", count),
-        Column("classes", "classes held", count),
-        Column("top", "most frequent classes", _top_text, number=False),
+        Column("classes", f"{plural} held", count),
+        Column("top", f"most frequent {plural}", _top_text, number=False),
     )
     return Table("What each client holds", columns, tuple(rows)).compact()
 
 
 def class_table(data: DataRecord) -> Table:
-    """Returns one row per class: examples, clients that hold it, and the share of the largest holder."""
+    """Returns one row per class: examples, clients that hold it, and the share of the largest holder.
+
+    There are no rows where there is one class: nothing is then told apart.
+    """
+    one, plural = strata(data.metric)
     counts = data.partition.label_counts
     classes = max((len(row) for row in counts), default=0)
     rows: list[Row] = []
     everything = sum(map(sum, counts))
-    for label in range(classes):
+    for label in range(classes if classes > 1 else 0):
         held = [row[label] if label < len(row) else 0 for row in counts]
         rows.append(
             {
@@ -187,18 +236,19 @@ def class_table(data: DataRecord) -> Table:
             }
         )
     columns = (
-        Column("class", "class", number=False),
+        Column("class", one, number=False),
         Column("examples", "examples at clients", count),
         Column("share", "share", percent),
         Column("clients", "clients that hold it", count),
         Column("largest", "largest holder has", percent),
     )
-    return Table("Classes", columns, tuple(rows)).compact()
+    return Table(capital(plural), columns, tuple(rows)).compact()
 
 
 def statistics_table(data: DataRecord) -> Table:
     """Returns what is known of the data and its partition, one fact a row."""
-    facts: list[tuple[str, object]] = [("data set", data.name), ("classes", len(data.label_names) or None)]
+    several = len(data.label_names) if len(data.label_names) > 1 else None
+    facts: list[tuple[str, object]] = [("data set", data.name), (strata(data.metric)[1], several)]
     facts += [(f"{split} examples", number) for split, number in data.examples.items()]
     facts += [("texts cut at the longest length", data.truncated)]
     facts += list(flat(data.statistics))
@@ -213,12 +263,13 @@ def statistics_table(data: DataRecord) -> Table:
 
 
 def clients_table(record: RunRecord) -> Table:
-    """Returns one row per client: rounds taken part in, bytes, last loss, and accuracy on its own test."""
+    """Returns one row per client: rounds taken part in, bytes, last loss, and score on its own test."""
+    name = record.metric.name
     scores = {entry.id: entry for entry in record.summary.clients} if record.summary else {}
     rows: list[Row] = []
     for client in record.fleet:
-        before = _accuracy(scores[client.id].before) if client.id in scores else None
-        after = _accuracy(scores[client.id].after) if client.id in scores else None
+        before = score(scores[client.id].before, name) if client.id in scores else None
+        after = score(scores[client.id].after, name) if client.id in scores else None
         losses = [row.client_loss[client.id] for row in record.rounds if client.id in row.client_loss]
         rows.append(
             {
@@ -234,7 +285,8 @@ def clients_table(record: RunRecord) -> Table:
                 "gain": after - before if after is not None and before is not None else None,
             }
         )
-    return Table("What each client did", _CLIENTS, tuple(rows)).compact()
+    level = median([row["after"] for row in rows if row["after"] is not None] or [0.0])
+    return Table("What each client did", _clients(record.metric, level), tuple(rows)).compact()
 
 
 def dropped_table(records: Sequence[RunRecord]) -> Table:
@@ -256,7 +308,7 @@ def dropped_table(records: Sequence[RunRecord]) -> Table:
 
 def label_name(data: DataRecord, label: int) -> str:
     """Returns the class's name, or its number where it has none."""
-    return data.label_names[label] if label < len(data.label_names) else f"class {label}"
+    return data.label_names[label] if label < len(data.label_names) else f"{strata(data.metric)[0]} {label}"
 
 
 def trained_ranks(record: RunRecord) -> list[int]:
@@ -280,10 +332,10 @@ def trained_ranks(record: RunRecord) -> list[int]:
     return [rank] if isinstance(rank, int) else fleet
 
 
-def last_validation(record: RunRecord) -> float | None:
-    """Returns the newest validation accuracy."""
-    accuracies = [_accuracy(row.validation) for row in record.rounds]
-    return next((accuracy for accuracy in reversed(accuracies) if accuracy is not None), None)
+def last_validation(record: RunRecord, metric: Metric) -> float | None:
+    """Returns the newest validation score."""
+    values = [score(row.validation, metric.name) for row in record.rounds]
+    return next((value for value in reversed(values) if value is not None), None)
 
 
 def fact_text(value: object) -> str:
@@ -309,10 +361,10 @@ def flat(values: Mapping[str, Any], prefix: str = "", *, dots: bool = False) -> 
             yield name, value
 
 
-def _run_row(record: RunRecord) -> Row:
+def _run_row(record: RunRecord, metric: Metric) -> Row:
     summary, rounds = record.summary, record.rounds
     examples = _test_examples(record)
-    after = _accuracy(summary.test.after) if summary else None
+    after = score(summary.test.after, metric.name) if summary else None
     down, up = (summary.bytes_down, summary.bytes_up) if summary else (None, None)
     seconds = summary.train_seconds if summary else None
     return {
@@ -320,10 +372,10 @@ def _run_row(record: RunRecord) -> Row:
         "method": record.method,
         "ranks": span(trained_ranks(record)) if record.fleet or rounds else None,
         "rounds": _rounds_text(record),
-        "validation": last_validation(record),
-        "test_before": _accuracy(summary.test.before) if summary else None,
+        "validation": last_validation(record, metric),
+        "test_before": score(summary.test.before, metric.name) if summary else None,
         "test_after": after,
-        "margin": margin95(after, examples),
+        "margin": sampling_error(metric, after, examples),
         "bytes_down": sum(row.bytes_down for row in rounds) if down is None else down,
         "bytes_up": sum(row.bytes_up for row in rounds) if up is None else up,
         "train_seconds": sum(row.seconds for row in rounds) if seconds is None else seconds,
@@ -331,11 +383,11 @@ def _run_row(record: RunRecord) -> Row:
     }
 
 
-def _baseline_row(baseline: Baseline, examples: int | None) -> Row:
-    row: Row = dict.fromkeys(column.key for column in _CLOSING)
-    accuracy = _accuracy(baseline.test)
-    values = {"test_after": accuracy, "margin": margin95(accuracy, examples)}
-    return row | values | {"run": baseline.name, "validation": _accuracy(baseline.validation)}
+def _baseline_row(baseline: Baseline, examples: int | None, metric: Metric) -> Row:
+    row: Row = dict.fromkeys(column.key for column in _closing(metric))
+    test = score(baseline.test, metric.name)
+    values = {"test_after": test, "margin": sampling_error(metric, test, examples)}
+    return row | values | {"run": baseline.name, "validation": score(baseline.validation, metric.name)}
 
 
 def _rounds_text(record: RunRecord) -> str:
@@ -345,10 +397,6 @@ def _rounds_text(record: RunRecord) -> str:
 
 def _test_examples(record: RunRecord) -> int | None:
     return record.data.examples.get("test") if record.data else None
-
-
-def _accuracy(scores: Scores | None) -> float | None:
-    return _finite(scores.accuracy) if scores else None
 
 
 def _finite(value: float | None) -> float | None:
@@ -370,29 +418,35 @@ def _cell(column: Column, row: Row) -> str:
     return NONE if value is None else column.show(value)
 
 
-_CLOSING = (
-    Column("run", "run", number=False),
-    Column("method", "method", number=False, minor=5),
-    Column("ranks", "client ranks"),
-    Column("rounds", "rounds", minor=4),
-    Column("validation", "validation, newest", percent),
-    Column("test_before", "test before", percent, minor=1),
-    Column("test_after", "test after", percent),
-    Column("margin", "±\N{NO-BREAK SPACE}95\N{NO-BREAK SPACE}%", lambda share: f"{100 * share:.1f}", minor=3),
-    Column("bytes_down", "down", byte_text),
-    Column("bytes_up", "up", byte_text),
-    Column("train_seconds", "training", duration, minor=2),
-    Column("adapter_parameters", "adapter parameters", count, minor=6),
-)
-_CLIENTS = (
-    Column("client", "client"),
-    Column("rank", "rank"),
-    Column("examples", "training examples", count),
-    Column("rounds", "rounds", count),
-    Column("bytes_down", "down", byte_text),
-    Column("bytes_up", "up", byte_text),
-    Column("loss", "last local loss", decimal),
-    Column("before", "own test before", percent),
-    Column("after", "own test after", percent),
-    Column("gain", "gain, points", points),
-)
+def _closing(metric: Metric) -> tuple[Column, ...]:
+    show = partial(value_text, metric)
+    return (
+        Column("run", "run", number=False),
+        Column("method", "method", number=False, minor=5),
+        Column("ranks", "client ranks"),
+        Column("rounds", "rounds", minor=4),
+        Column("validation", "validation, newest", show),
+        Column("test_before", "test before", show, minor=1),
+        Column("test_after", "test after", show),
+        Column("margin", "±\N{NO-BREAK SPACE}95\N{NO-BREAK SPACE}%", lambda share: f"{100 * share:.1f}", minor=3),
+        Column("bytes_down", "down", byte_text),
+        Column("bytes_up", "up", byte_text),
+        Column("train_seconds", "training", duration, minor=2),
+        Column("adapter_parameters", "adapter parameters", count, minor=6),
+    )
+
+
+def _clients(metric: Metric, level: float) -> tuple[Column, ...]:
+    show = partial(value_text, metric)
+    return (
+        Column("client", "client"),
+        Column("rank", "rank"),
+        Column("examples", "training examples", count),
+        Column("rounds", "rounds", count),
+        Column("bytes_down", "down", byte_text),
+        Column("bytes_up", "up", byte_text),
+        Column("loss", "last local loss", decimal),
+        Column("before", "own test before", show),
+        Column("after", "own test after", show),
+        Column("gain", gain_title(metric), lambda change: change_text(metric, change, level)),
+    )
