@@ -179,7 +179,7 @@ def score_axis(
     if metric.percent:
         axis.set_major_formatter(PercentFormatter(1.0, decimals=decimals, symbol=" %"))
     elif logarithmic:
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         axis.set_minor_formatter(NullFormatter())
     else:
