@@ -279,7 +279,7 @@ def test_leaf_values_of_several_types_become_text(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"users": None}, r"it has no 'users'; write other rows as \.jsonl"),
+        ({"users": None}, r"it has no 'users'"),
         ({"users": None, "user_data": None}, "it has no 'users' and no 'user_data'"),
         ({"users": "ann"}, "'users' and 'num_samples' have to be lists"),
         ({"num_samples": [1, 2]}, "there are 1 users but 2 entries of 'num_samples'"),
@@ -311,14 +311,30 @@ def test_leaf_files_that_are_wrong(changes, message, tmp_path):
     [
         (b"", "the file is empty"),
         (b'{"users": [', "Expecting value: line 1 column 12"),
-        (b'[{"text": "a"}]', "has to be of LEAF's form"),
+        (b'{"text": "a"}', "has to be a list of rows, or of LEAF's form"),
+        (b'[{"text": "a"}, 3]', "entry 2 is no JSON object"),
+        (b"[]", "it is an empty list"),
         (b'\n{"users": ["caf\xe9"]}', "line 2 is not UTF-8"),
     ],
 )
-def test_json_files_that_are_no_leaf_files(content, message, tmp_path):
+def test_json_files_that_are_wrong(content, message, tmp_path):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(DataError, match=message):
         rows(tmp_path / "a.json")
+
+
+def test_json_files_with_a_list_of_rows(tmp_path):
+    """As LLM-Adapters writes its tasks; what is missing in a row is empty, and every file is a site."""
+    for name, answer in (("boolq", "true"), ("piqa", "solution1")):
+        (tmp_path / name).mkdir()
+        rows_of = [{"text": f"{name} {i}", "label": answer} for i in range(3)] + [{"text": "last", "extra": 1}]
+        (tmp_path / name / "train.json").write_text(json.dumps(rows_of))
+    table = rows(tmp_path / "*" / "train.json")
+    assert table["file"][:] == ["boolq"] * 4 + ["piqa"] * 4
+    assert table["label"][:] == ["true"] * 3 + [None] + ["solution1"] * 3 + [None]
+    config = DataConfig(task="table", source=str(tmp_path / "*" / "train.json"))
+    assert default_group(config) == "file"
+    assert default_group(config.model_copy(update={"source": str(tmp_path / "boolq" / "train.json")})) is None
 
 
 # --- what the experiment is told before anything is read ---

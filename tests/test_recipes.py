@@ -32,6 +32,8 @@ SHORT = (
     "data.max_train=60",
     "data.max_test=20",
     "data.max_validation=20",
+    "data.validation_share=0.1",
+    "data.test_share=0.1",
 )
 
 

@@ -40,8 +40,8 @@ class Stage(Protocol):
     def note(self, text: str) -> None:
         """A line for the user."""
 
-    def rounds(self, name: str, done: int, total: int) -> AbstractContextManager[Watcher]:
-        """Opens the progress of one run's rounds."""
+    def rounds(self, name: str, done: int, total: int, metric: str | None) -> AbstractContextManager[Watcher]:
+        """Opens the progress of one run's rounds; ``metric`` is what it is judged by."""
 
 
 def start(experiment: Experiment, path: Path, stage: Stage) -> RunFolder:
@@ -181,7 +181,8 @@ def run_cell(
 
 def _run_one(federation: Federation, folder: RunFolder, name: str, known: Untrained | None, stage: Stage) -> Untrained:
     """Runs one method to its end and writes its adapter and summary; returns the scores before training."""
-    with stage.rounds(name, folder.rounds_done, federation.experiment.run.rounds) as watcher:
+    metric = federation.sites.metric.name
+    with stage.rounds(name, folder.rounds_done, federation.experiment.run.rounds, metric) as watcher:
         simulation = Simulation(federation, folder, watcher)
         try:
             state = simulation.run()

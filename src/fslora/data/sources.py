@@ -128,8 +128,8 @@ def _files(source: str, key: str) -> tuple[list[Path], bool]:
     if path.is_file():
         if suffix_of(path, _SUFFIXES) is None:
             raise DataError(
-                f"{key} is {source!r}; a table is one file that ends in {forms} or {JSON_SUFFIX} (a list of rows, or of LEAF's "
-                "form), or a folder or pattern of such files"
+                f"{key} is {source!r}; a table is one file that ends in {forms} or {JSON_SUFFIX} (a list of rows, "
+                "or of LEAF's form), or a folder or pattern of such files"
             )
         return [path], False
     if not source or not (path.is_dir() or _PATTERN.search(source)):
