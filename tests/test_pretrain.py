@@ -139,6 +139,13 @@ def test_whole_texts_are_held_out(texts):
     assert hold_out(texts, 0.1, Rng(1)) != (training, held_out)
 
 
+def test_a_file_that_is_most_of_the_text_is_cut(texts):
+    long = "".join(f"line {number}\n" for number in range(20_000))
+    training, held_out = hold_out([*texts, long], 0.05, Rng(0))
+    assert len("".join(held_out)) < 0.15 * len("".join(training))
+    assert all(piece in texts or piece.endswith("\n") for piece in training + held_out)
+
+
 @given(text=st.text(), share=st.floats(0.01, 0.5))
 def test_one_text_is_cut_before_it_is_held_out(text, share):
     training, held_out = hold_out([text], share, Rng(0))
@@ -275,6 +282,8 @@ def test_the_command_s_defaults_are_the_configuration_s():
         if field.name in pretrain.OPTIONS:
             assert options[field.name] == field.default, field.name
     assert set(pretrain.OPTIONS) <= set(options)
+    help_text = CliRunner().invoke(cli.app, ["pretrain-tiny", "--help"]).stdout
+    assert f"{PretrainConfig().batch * PretrainConfig().sequence:,} tokens" in help_text
 
 
 # --- errors ---

@@ -216,13 +216,13 @@ def pretrain_tiny(
     source: Annotated[
         str, typer.Option(help="A text file, a folder of them, or 'stdlib': half of Python's own library.")
     ] = "stdlib",
-    steps: Annotated[int, typer.Option(help="Training steps of 2,048 tokens.")] = 800,
+    steps: Annotated[int, typer.Option(help="Training steps of 1,024 tokens.")] = 2400,
     minutes: Annotated[
         float | None, typer.Option(help="Train so long instead; not reproducible.", show_default=False)
     ] = None,
-    hidden: Annotated[int, typer.Option(help="Size of a token's vector.")] = 256,
-    layers: Annotated[int, typer.Option(help="Number of layers.")] = 6,
-    vocabulary: Annotated[int, typer.Option(help="Tokens, at most.")] = 4096,
+    hidden: Annotated[int, typer.Option(help="Size of a token's vector.")] = 192,
+    layers: Annotated[int, typer.Option(help="Number of layers.")] = 4,
+    vocabulary: Annotated[int, typer.Option(help="Tokens, at most.")] = 3072,
     seed: Annotated[int, typer.Option(help="Of the weights and the order of the text.")] = 0,
     as_json: AsJson = False,
     quiet: Quiet = False,

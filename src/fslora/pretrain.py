@@ -2,8 +2,8 @@
 
 Both come from text on this machine, in a few minutes on two processor cores: by default from one half of the running
 Python's standard library, sources with their docstrings. The packages of the other half are kept for federated
-fine-tuning (``fslora.data.stdlib.pretraining_share``), so that no client's text was in the base's. The result is an
-ordinary transformers folder.
+fine-tuning (``fslora.data.stdlib.pretraining_share``), so that no file a client holds was in the base's text. The
+result is an ordinary transformers folder.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ class PretrainConfig:
 
     source: str = "stdlib"
     """'stdlib', or the path of a text file or of a folder of text files."""
-    vocabulary: int = 4096
+    vocabulary: int = 3072
     """Tokens, at most: a short text gives fewer."""
-    hidden: int = 256
-    layers: int = 6
+    hidden: int = 192
+    layers: int = 4
     heads: int = 4
     kv_heads: int = 2
     """Grouped-query attention: so many heads of keys and values are shared by all heads."""
@@ -57,9 +57,9 @@ class PretrainConfig:
     """The longest input the model accepts, in tokens."""
     sequence: int = 128
     """Tokens of a training row. Beyond this many positions the model has learned nothing."""
-    batch: int = 16
+    batch: int = 8
     """Rows per step."""
-    steps: int = 800
+    steps: int = 2400
     minutes: float | None = None
     """A limit of time in place of ``steps``; what comes out then depends on the machine's speed."""
     lr: float = 3e-3

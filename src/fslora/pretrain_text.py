@@ -22,8 +22,8 @@ BEGIN, END, PAD = "<|begin|>", "<|end|>", "<|pad|>"
 SPECIALS = (BEGIN, END, PAD)
 FEWEST_TOKENS = 256 + len(SPECIALS)
 """Every byte has a token, and so have begin, end and padding; the learned ones come on top."""
-FEWEST_PIECES = 20
-"""With fewer files than this, they are cut into about as many pieces: whole files could not be held out."""
+PIECES = 20
+"""A file with more than one part in so many of all characters is cut: it could not be held out as a whole."""
 
 
 def read_texts(source: str) -> tuple[list[str], str]:
@@ -48,9 +48,9 @@ def read_texts(source: str) -> tuple[list[str], str]:
 def hold_out(texts: Sequence[str], share: float, rng: Rng) -> tuple[list[str], list[str]]:
     """Returns the texts to train on, and drawn whole texts that hold at least ``share`` of all characters.
 
-    Both are in the given order. Fewer than ``FEWEST_PIECES`` texts are first cut into about as many pieces.
+    Both are in the given order. Long texts (``PIECES``) are cut first.
     """
-    pieces = list(texts) if len(texts) >= FEWEST_PIECES else _in_pieces(texts)
+    pieces = _in_pieces(texts)
     wanted = share * sum(map(len, pieces))
     chosen: set[int] = set()
     for i in rng.numpy().permutation(len(pieces))[1:]:  # one is left to train on, whatever the share
@@ -114,8 +114,8 @@ def in_rows(tokens: Tensor, sequence: int) -> Tensor:
 
 
 def _in_pieces(texts: Sequence[str]) -> list[str]:
-    """The texts cut at line ends, or within lines that are too long, into about ``FEWEST_PIECES`` pieces."""
-    size = max(1, sum(map(len, texts)) // FEWEST_PIECES)
+    """The texts, long ones cut at line ends or, where a line alone is too long, within it."""
+    size = max(1, sum(map(len, texts)) // PIECES)
     pieces: list[str] = []
     for text in texts:
         piece = ""

@@ -3,7 +3,8 @@
 Files are parsed or read, never imported. Tests, bundled wheels, installed packages and generated files are left out.
 
 For language modelling the library is cut in two by package: one half's sources pretrain a small base, the other
-half's fine-tune it, so that nothing a client holds was in the base's text (``pretraining_share``).
+half's fine-tune it, so that no file a client holds was in the base's text (``pretraining_share``). What the halves
+still share is single lines, such as licences and idioms: 1.5 % of the lines of 40 characters or more.
 """
 
 from __future__ import annotations
