@@ -55,8 +55,9 @@ def partition(config: PartitionConfig, examples: Examples, clients: int, rng: Rn
     notes |= {
         "smallest client": min(sizes),
         "largest client": max(sizes),
-        "clients with one class": sum(len(set(examples.labels[part].tolist())) == 1 for part in train),
     }
+    if len(np.unique(examples.labels)) > 1:
+        notes["clients with one class"] = sum(len(set(examples.labels[part].tolist())) == 1 for part in train)
     if config.holdout > 0:
         notes["clients without a held-out example"] = sum(len(out) == 0 for out in held)
     return Partition(train, tuple(held), _digest(train, held), notes)
