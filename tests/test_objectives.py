@@ -20,6 +20,7 @@ from fslora.engine.cohort import CohortEngine
 from fslora.engine.sequential import SequentialEngine
 from fslora.errors import ConfigError, ModelError
 from fslora.evaluate import predict, predict_dealt
+from fslora.export import export_merged, export_peft
 from fslora.metrics import METRICS
 from fslora.models.base import Base
 from fslora.models.load import load_base
@@ -508,3 +509,41 @@ def test_a_tolerance_that_can_fail():
     right = functional.cross_entropy(logits, labels)
     wrong = functional.cross_entropy(logits, labels.roll(1))
     assert abs(right - wrong) > 1000 * TOLERANCE
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2, tied", "gpt2", "mixtral"])
+def test_exported_causal_adapters_load_in_peft(causal_base, causal_folder, architecture, tmp_path):
+    """The same logits with stock PEFT, and the lines of the adapter's card run as they stand."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = causal_base(architecture)
+    adapter = random_adapter(base, 4, Rng(5))
+    assert not adapter.dense, "a causal model has no head of its own"
+    folder = export_peft(adapter, (), base.name, tmp_path / "a", "", base.fan_in_fan_out, base.objective.peft_task)
+    plain = AutoModelForCausalLM.from_pretrained(causal_folder(architecture))
+    model = PeftModel.from_pretrained(plain, folder).eval()
+    batch = encoded(base, instructions(3)).batch(range(3))
+    inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "token_labels")}
+    with torch.no_grad(), base.using(adapter):
+        ours = base.logits(batch)
+        theirs = model(**inputs).logits
+    there = batch["attention_mask"].bool()
+    torch.testing.assert_close(ours[there], theirs[there], atol=1e-5, rtol=1e-5)
+    card = base.objective.card(base.name, 32).replace("path/to/this/folder", str(folder))
+    exec(compile(card, "card", "exec"), {})
+
+
+def test_merged_causal_models_are_ordinary_models(causal_base, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    base = causal_base("qwen2, tied")
+    adapter = random_adapter(base, 4, Rng(5))
+    batch = encoded(base, instructions(3)).batch(range(3))
+    inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "token_labels")}
+    with torch.no_grad(), base.using(adapter):
+        expected = base.logits(batch)
+    merged = AutoModelForCausalLM.from_pretrained(export_merged(adapter, base, tmp_path / "merged")).eval()
+    there = batch["attention_mask"].bool()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(**inputs).logits[there], expected[there], atol=1e-5, rtol=1e-5)
