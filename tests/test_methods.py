@@ -827,6 +827,7 @@ class Federation:
     def round(self, method: Method, world: World, number: int, engine) -> World:
         round = Round(number, self.fleet, Rng(0).child("round", number), self.template)
         changes = method.base(world.state)
+        assert changes is None or method.changes_base
         with self.base.changed(changes.layers if changes else {}):
 
             def train(start: Start, client: Client, round: Round) -> Trained:

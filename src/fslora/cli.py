@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -324,6 +325,8 @@ def main() -> None:
     """Runs the command line. Exit codes: 0 done, 1 failed, 2 wrong input, 130 stopped."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # Where it is installed, PEFT imports it, and it then speaks of kernels on a hub that we make no use of.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app()
     except FsloraError as error:

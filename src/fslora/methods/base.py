@@ -55,6 +55,11 @@ class Method(BaseModel, ABC):
         """Raises ValueError when the method's own fields do not fit the server's rank; by default all do."""
         del rank
 
+    @property
+    def changes_base(self) -> bool:
+        """Whether rounds change the weights of the base, so that these cannot be kept in a few bits."""
+        return False
+
     def init(self, template: Template, fleet: Sequence[Client], rng: Rng) -> ServerState:
         """Server, before round 0: a fresh adapter of the server's rank. Every method starts from the same draw."""
         del fleet

@@ -64,6 +64,11 @@ class FedExLoRA(Method):
         "uniform", description="Clients count equally (the paper's), or by their number of examples."
     )
 
+    @property
+    def changes_base(self) -> bool:
+        """The residuals are added to the base, unless there are none."""
+        return self.residual_rank != 0
+
     def broadcast(self, state: ServerState, client: Client, round: Round) -> Broadcast:
         """Returns the whole pair, and the residuals that the client has missed."""
         return Broadcast(state.adapter, base=missed(state, client.id))

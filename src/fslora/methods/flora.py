@@ -55,6 +55,11 @@ class FLoRA(Method):
         "examples", description="Clients count by their number of examples (the paper's), or equally."
     )
 
+    @property
+    def changes_base(self) -> bool:
+        """Every stack is added to the base."""
+        return True
+
     def broadcast(self, state: ServerState, client: Client, round: Round) -> Broadcast:
         """Returns the head, the stacks that the client has missed, and the seed of its next A."""
         seed = torch.tensor(round.rng.child("fresh", client.id).integer())

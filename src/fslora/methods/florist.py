@@ -63,6 +63,11 @@ class FLoRIST(Method):
         "examples", description="Clients count by their number of examples (the paper's), or equally."
     )
 
+    @property
+    def changes_base(self) -> bool:
+        """Pairs are added to the base where they are merged."""
+        return self.next_init == "merge"
+
     def broadcast(self, state: ServerState, client: Client, round: Round) -> Broadcast:
         """Returns the thresholded pair, as far as the client can hold it, or what it missed of the base; and a seed."""
         seed = torch.tensor(round.rng.child("fresh").integer())

@@ -74,6 +74,11 @@ class RACLoRA(Method):
         "examples", description="Clients count by their number of examples, or equally."
     )
 
+    @property
+    def changes_base(self) -> bool:
+        """Every round's mean is added to the base."""
+        return True
+
     def broadcast(self, state: ServerState, client: Client, round: Round) -> Broadcast:
         """Returns the head, the changes that the client has missed, and the seed of the round's random factor."""
         head = Adapter({}, state.adapter.dense)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fslora.config import AdapterConfig
 from fslora.errors import ModelError
+from fslora.models.quantized import is_quantized
 from fslora.models.slots import Change, Picked, SingleDense, SinglePair, Slot
 from fslora.objectives import Objective
 from fslora.types import Adapter, Batch, LoRA, Template, Tensor
@@ -85,8 +87,15 @@ class Base:
 
     @property
     def parameters(self) -> int:
-        """The number of frozen parameters."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
+        """The number of frozen parameters, however many of them a byte holds."""
+        linears = filter(_is_linear, self.model.modules())
+        whole = {id(module.weight): prod(_shape(module)) for module in linears}
+        return sum(whole.get(id(parameter), parameter.numel()) for parameter in self.model.parameters())
+
+    @property
+    def quantized(self) -> bool:
+        """Whether linear layers are kept in 4 or 8 bits."""
+        return any(is_quantized(module) for module in self.model.modules())
 
     @property
     def linear_parameters(self) -> int:
@@ -174,7 +183,7 @@ class Base:
         if self._slots[path].weight_and_bias() is None or not isinstance(weight, Tensor):
             raise ModelError(
                 f"{path} of {self.name} is quantised, and this method changes the base's weights; "
-                "load the base unquantised, or choose a method that keeps its adapter apart"
+                "set model.quantize to 'none', or choose a method that keeps its adapter apart"
             )
         return weight
 
@@ -254,6 +263,12 @@ class Base:
                     f"the head of {self.name} holds {name}, which is not part of a linear layer; "
                     "only heads made of linear layers can be trained per client"
                 )
+        packed = [path for path, slot in self._head_slots.items() if is_quantized(slot.module)]
+        if packed:
+            raise ModelError(
+                f"the head of {self.name} holds {packed[0]}, whose weights are quantised and cannot be trained; "
+                "set model.quantize to 'none', or name a checkpoint whose head is not quantised"
+            )
 
 
 def _within(path: str, parents: tuple[str, ...]) -> bool:

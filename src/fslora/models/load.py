@@ -14,6 +14,7 @@ import torch
 from fslora.config import AdapterConfig, ModelConfig
 from fslora.errors import ModelError
 from fslora.models.base import Base
+from fslora.models.quantized import prepare, quantization
 from fslora.objectives import Objective
 from fslora.rng import Rng
 
@@ -45,8 +46,7 @@ def load_base(model: ModelConfig, adapter: AdapterConfig, objective: Objective, 
             f"model.name {model.name!r} brings no weights for {fresh[0]}: it is no causal language model; for text and "
             "instructions name one that is (Llama, Qwen, GPT-2 ...; `fslora pretrain-tiny` makes a small one)"
         )
-    if model.quantize == "none":
-        loaded = loaded.to(getattr(torch, model.dtype)).to(device)
+    _convert(loaded, model, device)
     loaded.config.use_cache = False
     _set_attention(loaded, model, device)
     if model.gradient_checkpointing:
@@ -88,9 +88,9 @@ def _load_model(
     """The model, and the names of parameters that its checkpoint did not bring."""
     import transformers
 
-    options: dict[str, Any] = objective.model_options
-    if config.quantize != "none":
-        options |= {"quantization_config": _quantization(config, objective, source), "device_map": {"": device}}
+    local = Path(source).exists()
+    checkpoint = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=local)
+    options = objective.model_options | quantization(config, checkpoint, objective, device)
     # A fresh head is drawn in float32, whatever type the frozen weights are kept in.
     dtype = torch.float32 if objective.has_head else getattr(torch, config.dtype)
     model, info = getattr(transformers, objective.auto).from_pretrained(
@@ -100,30 +100,23 @@ def _load_model(
         use_safetensors=True,
         ignore_mismatched_sizes=objective.has_head,
         output_loading_info=True,
-        local_files_only=Path(source).exists(),
+        local_files_only=local,
         **options,
     )
     fresh = tuple(info["missing_keys"]) + tuple(entry[0] for entry in info["mismatched_keys"])
     return model, fresh
 
 
-def _quantization(config: ModelConfig, objective: Objective, source: str) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError(
-            f"model.quantize is {config.quantize!r}, but bitsandbytes is not installed; "
-            "run `pip install 'fslora[quantized]'`, or set model.quantize to 'none'"
-        )
-    kept = ["classifier", "score", "lm_head", "pooler", "pre_classifier"]
-    if config.quantize == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=getattr(torch, config.dtype),
-        llm_int8_skip_modules=kept,
-    )
+def _convert(loaded: Any, config: ModelConfig, device: torch.device) -> None:
+    """Brings the model to its type and device; packed weights stay as they are."""
+    for parameter in loaded.parameters():
+        if parameter.is_floating_point():
+            # Parameters alone: the frequencies of rotary embeddings are buffers, and of no use in bfloat16.
+            parameter.data = parameter.data.to(getattr(torch, config.dtype))
+    if config.quantize == "none":
+        loaded.to(device)
+    else:
+        prepare(loaded)
 
 
 def _load_processor(source: str, objective: Objective) -> Any:
