@@ -173,8 +173,35 @@ def data(
 
 
 @app.command("eval")
-def evaluate(path: RunPath, as_json: AsJson = False, quiet: Quiet = False) -> None:
-    """Score a run's adapter before and after training, globally and on each client's own held-out examples."""
+def evaluate(
+    path: RunPath,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            "--harness",
+            metavar="TASK,...",
+            help="Score a causal run on these tasks of lm-eval instead.",
+            show_default=False,
+        ),
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--harness-path", help="A folder of task files for --harness.", show_default=False)
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--harness-limit", min=1, help="Examples per task of --harness.", show_default=False)
+    ] = None,
+    client: Annotated[
+        int | None, typer.Option(min=0, help="Whose adapter --harness scores, where every client has its own.")
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Score a run's adapter before and after training: its own test, each client's examples, or tasks of lm-eval."""
+    if tasks is not None:
+        _print_harness(path, tasks, folder, limit, client, as_json, quiet)
+        return
+    if (folder, limit, client) != (None, None, None):
+        raise ConfigError("--harness-path, --harness-limit and --client belong to --harness; name its tasks there")
     from fslora import evaluation
 
     result = evaluation.evaluate_run(path, _terminal(quiet or as_json))
@@ -361,6 +388,21 @@ def _terminal(quiet: bool) -> Any:
     from fslora.console import Terminal
 
     return Terminal(quiet)
+
+
+def _print_harness(
+    path: Path, tasks: str, folder: Path | None, limit: int | None, client: int | None, as_json: bool, quiet: bool
+) -> None:
+    from fslora import harness
+
+    silent = quiet or as_json
+    names = tuple(name.strip() for name in tasks.split(",") if name.strip())
+    asked = harness.Harness(names, folder, limit, client, bars=not silent and sys.stderr.isatty())
+    result = harness.evaluate_harness(path, asked, _terminal(silent))
+    if as_json:
+        _print_json(result)
+    else:
+        Console(highlight=False).print(harness.table(result))
 
 
 def _print_closing(path: Path, as_json: bool, quiet: bool) -> None:

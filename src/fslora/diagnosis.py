@@ -80,6 +80,7 @@ def _extras() -> list[Finding]:
     return [
         _extra("flwr", "real sites through Flower"),
         _extra("bitsandbytes", "bases in 4 or 8 bits"),
+        _extra("lm_eval", "tasks of lm-evaluation-harness"),
     ]
 
 

@@ -89,13 +89,13 @@ def export_run(
         raise ConfigError("--rank and --energy are both given; give one of them")
     if to.exists():
         raise ArtifactError(f"{to} exists already; name a new folder with --to")
-    folder = _opened(path)
+    folder = opened(path)
     newest = folder.load_checkpoint()
     if newest is None and not folder.finished:
         raise ArtifactError(f"{path} holds no checkpoint yet; `fslora resume {path}` goes on with it")
     federation = _federation(path, stage)
     rounds, adapters = _served(federation, *newest) if newest else (folder.rounds_done, read_adapters(path / "adapter"))
-    adapter = _chosen(adapters, client, federation.experiment.method.name)
+    adapter = chosen(adapters, client, federation.experiment.method.name)
     full = adapter.rank
     if rank is not None and rank > full:
         raise ConfigError(f"--rank is {rank}, but the adapter has rank {full}; give a lower one")
@@ -124,7 +124,12 @@ def _served(
     return rounds, [method.client_adapter(state, site) for site in sites]
 
 
-def _chosen(adapters: list[Adapter], client: int | None, method: str) -> Adapter:
+def chosen(adapters: list[Adapter], client: int | None, method: str) -> Adapter:
+    """Returns the one adapter that all share, or one client's own.
+
+    Raises:
+        ConfigError: A client is named where there is one adapter for all, or none or an unknown one where there is not.
+    """
     if len(adapters) == 1:
         if client is not None:
             raise ConfigError(f"--client is {client}, but {method} serves one model to all; leave it out")
@@ -136,7 +141,12 @@ def _chosen(adapters: list[Adapter], client: int | None, method: str) -> Adapter
     return adapters[client]
 
 
-def _opened(path: Path) -> RunFolder:
+def opened(path: Path) -> RunFolder:
+    """Returns an existing run folder.
+
+    Raises:
+        ArtifactError: The path is a comparison, or nothing of ours.
+    """
     if (path / "comparison.json").is_file():
         cells = sorted(str(folder.parent) for folder in path.glob("cells/*/*/*/summary.json"))
         raise ArtifactError(f"{path} is a comparison, not a run; name one of its runs, e.g. {', '.join(cells[:1])}")
@@ -144,7 +154,7 @@ def _opened(path: Path) -> RunFolder:
 
 
 def _federation(path: Path, stage: Stage) -> Federation:
-    _opened(path)
+    opened(path)
     stage.note(f"Preparing data and base of {path} ...")
     return Workshop().federation(load(path / "experiment.toml"))
 
