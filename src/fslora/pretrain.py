@@ -38,7 +38,12 @@ Progress = Callable[[int, float], None]
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """What is trained, on what, for how long. The defaults take three to four minutes on two cores.
+    """What is trained, on what, for how long. The defaults take about 400 s of processor time.
+
+    Measured on a shared Xeon with AMX, bits per byte of held-out files at 160 to 175 s of processor time each: six
+    layers of 256 in batches of 16, 2.16; four of 256 in batches of 8, 1.83; four of 192 (vocabulary 3072), 1.75; the
+    same in batches of 4 (vocabulary 2048), 1.84. So few tokens pay best in a small model and many steps. The
+    defaults end at 1.49, a perplexity of 41 per token.
 
     Raises:
         ConfigError: The sizes do not fit together, or a value is out of its range.
@@ -327,7 +332,7 @@ def _loss(model: Any, rows: Tensor, exact: bool = False) -> Tensor:
 
 
 def _precision() -> AbstractContextManager[Any]:
-    """bfloat16 products where the processor has tiles for them (AMX): 0.42 s a step instead of 0.82 s."""
+    """bfloat16 products where the processor has tiles for them (AMX): 0.42 s instead of 0.82 s a step (16 rows, 6 layers of 256)."""
     tiles = torch.cpu._is_amx_tile_supported()
     return torch.autocast("cpu", dtype=torch.bfloat16, enabled=tiles)
 
