@@ -272,7 +272,7 @@ def test_the_command_prints_figures(own_text, tmp_path):
     result = CliRunner().invoke(cli.app, ["pretrain-tiny", "--to", str(tmp_path / "c"), *sizes, "--json", "--quiet"])
     figures = json.loads(result.stdout)
     assert figures["folder"] == str(tmp_path / "c")
-    assert figures["tokens_seen"] == 2 * 16 * 128
+    assert figures["tokens_seen"] == 2 * PretrainConfig().batch * PretrainConfig().sequence
     assert not result.stderr
 
 
