@@ -41,7 +41,7 @@ class Quiet:
         self.notes.append(text)
 
     @contextmanager
-    def rounds(self, name, done, total):
+    def rounds(self, name, done, total, metric):
         stage = self
 
         class Stopping(Silent):
