@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fslora.config import DataConfig
+from fslora.data.rows import class_cell, text_cell
 from fslora.data.sources import default_group
 from fslora.data.types import Dataset, Examples, Index
 from fslora.errors import DataError
@@ -126,19 +126,11 @@ def dropped_for(columns: Mapping[str, Sequence[str]], row: int, side: str, dropp
 
 
 def _text(value: Any, column: str, key: str, declared: Sequence[str] | None) -> str:
-    """The cell as text: a class that the data set declares as its name, 3.0 as '3'."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    if not isinstance(value, (str, int, float)):
-        raise DataError(
-            f"column {column!r} ({key}) holds a {type(value).__name__}, e.g. {value!r:.60}; it has to hold "
-            "one text or number per row"
-        )
-    if declared is not None and isinstance(value, int):
-        return declared[value] if 0 <= value < len(declared) else ""
+    """The cell as text, '' where there is none: a class that the data set declares as its name, 3.0 as '3'."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return str(value) if str(value).strip() else ""
+    read = text_cell if declared is None else class_cell(declared)
+    return read(value, column, key) or ""
 
 
 def _numbered(part: Part, names: Sequence[str]) -> Index:

@@ -22,8 +22,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fslora.config import DataConfig
+from fslora.config import TABLE_SUFFIXES, DataConfig
 from fslora.data.causal import Part, assemble, dropped_for, group_column, listed, stratum_column, text_columns, usable
+from fslora.data.readers import JSON_SUFFIX
 from fslora.data.sources import read_rows, where
 from fslora.data.stdlib import read_sources
 from fslora.data.types import Dataset, Examples, Index
@@ -34,7 +35,7 @@ from fslora.rng import Rng
 STDLIB = "stdlib"
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text", ".py")
 """With these a source is a text file, whether it exists or not."""
-TABLE_SUFFIXES = tuple(f"{kind}{packed}" for kind in (".csv", ".jsonl", ".json", ".parquet") for packed in ("", ".gz"))
+TABLES = (*TABLE_SUFFIXES, JSON_SUFFIX)
 IN_FILES = "file, or folder of files"
 """What a group is where the source is text files."""
 SPAN = 100
@@ -234,7 +235,7 @@ def find_texts(source: str, key: str) -> TextFiles | None:
         raise DataError(f"{key} is {source!r}, but there is no such file")
     else:
         return None
-    texts = [file for file in files if not file.name.lower().endswith(TABLE_SUFFIXES)]
+    texts = [file for file in files if not file.name.lower().endswith(TABLES)]
     tables = len(files) - len(texts)
     return TextFiles(root, texts, tables) if len(texts) > tables else None
 
