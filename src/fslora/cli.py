@@ -172,6 +172,40 @@ def data(
     console.print(f"partition digest {described['partition']['digest']}\nplot: {plot}", soft_wrap=True)
 
 
+@app.command()
+def plan(
+    experiment: ExperimentFile = None,
+    overrides: Overrides = None,
+    no_data: Annotated[
+        bool, typer.Option("--no-data", help="Read no data: every sequence counts as long as model.max_length.")
+    ] = False,
+    teraflops: Annotated[
+        float | None,
+        typer.Option(
+            help="Matrix products of the machine that is meant, in 10^12 operations per second "
+            "[default: measured here].",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show what an experiment will cost (bytes, operations, memory, time, disk); no weights are loaded."""
+    from fslora import config, planning
+
+    if teraflops is not None and not teraflops > 0:
+        raise ConfigError(f"--teraflops is {teraflops}; give a positive number")
+    result = planning.plan(config.load(experiment, overrides or ()), not no_data, teraflops)
+    if as_json:
+        _print_json(result)
+        return
+    console = Console(highlight=False)
+    console.print(planning.table(result))
+    for kind in ("warnings",) if quiet else ("notes", "warnings"):
+        for text in result[kind]:
+            console.print(f"{kind.removesuffix('s')}: {text}", soft_wrap=True, markup=False)
+
+
 @app.command("eval")
 def evaluate(
     path: RunPath,

@@ -24,6 +24,11 @@ def client_flops(base: Base, start: Start, batches: Sequence[Batch]) -> float:
     tokens = sum(base.tokens(batch) for batch in batches)
     predicted = sum(int((batch["token_labels"] != IGNORED).sum()) for batch in batches if "token_labels" in batch)
     examples = sum(len(batch["labels"]) for batch in batches)
+    return operations(base, start, tokens, predicted, examples)
+
+
+def operations(base: Base, start: Start, tokens: int, predicted: int, examples: int) -> float:
+    """Returns the operations of local steps over so many padded tokens, tokens to predict and examples."""
     pairs = sum(_pair_parameters(pair, start) for pair in start.adapter.layers.values())
     frozen = sum(4 * (pair.A.numel() + pair.Bt.numel()) for pair in start.frozen.values())
     heads = sum(6 * tensor.numel() for tensor in start.adapter.dense.values())

@@ -53,9 +53,7 @@ class CohortEngine:
                 stack.activate(active)
                 optimizer = narrowed(optimizer, active, make_optimizer([stack.flat_leaf], self.local, lr, fused=True))
             dropout = Dropout(self.dropout, ordered[0].rng.child(step)) if self.dropout else None
-            losses.append(self._backward(stack, batches, dropout))
-            stack.measure()
-            stack.clip(self.local.clip_norm)
+            losses.append(self.backward(stack, batches, dropout))
             assert optimizer is not None
             optimizer.step()
         columns = [loss.tolist() for loss in losses]
@@ -70,8 +68,11 @@ class CohortEngine:
         }
         return [results[c] for c in range(len(problems))]
 
-    def _backward(self, stack: Stack, batches: Sequence[Batch], dropout: Dropout | None) -> Tensor:
-        """One pass for all clients; returns their mean losses [c]."""
+    def backward(self, stack: Stack, batches: Sequence[Batch], dropout: Dropout | None) -> Tensor:
+        """Leaves the active clients' clipped gradients in the stack, and returns their mean losses [c].
+
+        Reads no value of a tensor, so that it also runs on the meta device, where there are none.
+        """
         layout = Layout([len(batch["labels"]) for batch in batches], self.base.device)
         batch = concatenated(batches, self.base.pad_id)
         pairs, heads = stack.changes(self.base, layout, dropout)
@@ -79,9 +80,11 @@ class CohortEngine:
         with self.base.attached(pairs, heads):
             each, example = self.base.objective.losses(self.base, batch)
             owner = layout.owner[example]
-            sizes = torch.bincount(owner, minlength=layout.clients).clamp(min=1)
+            sizes = owner.new_zeros(layout.clients).index_add(0, owner, torch.ones_like(owner)).clamp(min=1)
             means = each.new_zeros(layout.clients).index_add(0, owner, each) / sizes
             stack.backward(means.sum() + stack.penalty())
+        stack.measure()
+        stack.clip(self.local.clip_norm)
         return means.detach()
 
 

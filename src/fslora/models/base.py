@@ -28,7 +28,7 @@ class Base:
 
     Args:
         model: A transformers model whose output has logits; it is frozen and put in evaluation mode.
-        tokenizer: Its tokenizer, or its image processor.
+        tokenizer: Its tokenizer, or its image processor; None where nothing has to be read.
         objective: What it is trained and judged by.
         head: Names of the modules that are trained whole (the classification head).
         targets: Which linear modules get a pair: names or a regular expression as in PEFT, or ``all-linear``.
@@ -129,12 +129,19 @@ class Base:
         """Returns whether one adapted layer keeps its weight as [in out]."""
         return isinstance(self._slots[path].module, Conv1D)
 
+    def shape(self, path: str) -> tuple[int, int]:
+        """Returns (d_in, d_out) of one adapted layer."""
+        return _shape(self._slots[path].module)
+
     def template(self, adapter: AdapterConfig) -> Template:
-        """Returns the shapes of the adapted layers and the head's initial tensors (copies, on the CPU)."""
-        layers = {path: _shape(self._slots[path].module) for path in self.targets}
+        """Returns the shapes of the adapted layers and the head's initial tensors (copies, on the CPU).
+
+        Of a base without weights (on the meta device) the head's tensors are zero.
+        """
+        layers = {path: self.shape(path) for path in self.targets}
         parameters = dict(self.model.named_parameters())
         names = [f"{path}.{kind}" for path in self._head_slots for kind in ("weight", "bias")]
-        dense = {name: parameters[name].detach().float().cpu().clone() for name in names if name in parameters}
+        dense = {name: _on_cpu(parameters[name]) for name in names if name in parameters}
         return Template(layers, dense, adapter.rank, adapter.alpha, adapter.rslora)
 
     @contextmanager
@@ -269,6 +276,10 @@ class Base:
                 f"the head of {self.name} holds {packed[0]}, whose weights are quantised and cannot be trained; "
                 "set model.quantize to 'none', or name a checkpoint whose head is not quantised"
             )
+
+
+def _on_cpu(parameter: Tensor) -> Tensor:
+    return torch.zeros(parameter.shape) if parameter.is_meta else parameter.detach().float().cpu().clone()
 
 
 def _within(path: str, parents: tuple[str, ...]) -> bool:

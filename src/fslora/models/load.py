@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from fslora.config import AdapterConfig, ModelConfig
 from fslora.errors import ModelError
 from fslora.models.base import Base
-from fslora.models.quantized import prepare, quantization
+from fslora.models.quantized import prepare, pretend, quantization
 from fslora.objectives import Objective
 from fslora.rng import Rng
 
@@ -30,23 +31,76 @@ def load_base(model: ModelConfig, adapter: AdapterConfig, objective: Objective, 
         ModelError: The weights are absent, damaged or unreachable or of another kind of model, there is no tokenizer,
             the device does not exist, or no module matches ``adapter.targets``.
     """
-    device = _device(model.device)
-    if model.name == "minilm":
-        source, name = str(minilm_folder()), MINILM_HUB_NAME
-    else:
-        source = name = model.name
+    device = device_of(model)
+    source, name = _source(model)
     with _explained(model.name), torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(rng.child("head").integer())
         loaded, fresh = _load_model(source, objective, model, device)
         tokenizer = _load_processor(source, objective)
+    _convert(loaded, model, device)
+    return _as_base(loaded, fresh, tokenizer, model, adapter, objective, device, name)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A base without weights."""
+
+    base: Base
+    """On the meta device; its tokenizer is None where there is none to be read."""
+    stored: str | None
+    """The type of its checkpoint's weights, such as 'bfloat16'; None where nothing says it."""
+    checkpoint: bool
+    """Whether there was a checkpoint to tell which weights it brings; else all beside the backbone counts as fresh."""
+
+
+def outline_base(model: ModelConfig, adapter: AdapterConfig, objective: Objective) -> Outline:
+    """Returns the base that ``load_base`` would, without its weights: names and shapes on torch's meta device.
+
+    Checks what ``load_base`` checks, as far as files are at hand: a folder (or hub name) with nothing but a
+    config.json will do.
+
+    Raises:
+        ModelError: There is no configuration to be read, or no module matches ``adapter.targets``.
+    """
+    source, name = _source(model)
+    with _explained(model.name), torch.random.fork_rng(devices=[]), _quiet():
+        loaded, fresh = _without_weights(source, objective)
+        tokenizer = _processor_if_any(source, objective)
+    stored = getattr(loaded.config, "dtype", None)
+    loaded = loaded.to(getattr(torch, model.dtype))
+    if model.quantize != "none":
+        pretend(loaded)
+    base = _as_base(loaded, fresh or (), tokenizer, model, adapter, objective, device_of(model), name)
+    return Outline(base, None if stored is None else str(stored).removeprefix("torch."), fresh is not None)
+
+
+def _source(model: ModelConfig) -> tuple[str, str]:
+    """Where the base is, and what adapters exported from it call it."""
+    return (str(minilm_folder()), MINILM_HUB_NAME) if model.name == "minilm" else (model.name, model.name)
+
+
+def _as_base(
+    loaded: Any,
+    fresh: tuple[str, ...],
+    tokenizer: Any,
+    model: ModelConfig,
+    adapter: AdapterConfig,
+    objective: Objective,
+    device: torch.device,
+    name: str,
+) -> Base:
+    """Checks and sets up a model of transformers, with weights or without."""
     if objective.processor == "AutoTokenizer":
-        _prepare_tokenizer(tokenizer, loaded, model)
+        if tokenizer is not None:
+            _prepare_tokenizer(tokenizer, loaded, model)
+        elif loaded.config.get_text_config().pad_token_id is None:
+            loaded.config.get_text_config().pad_token_id = 0
+        _check_positions(loaded, model)
     if not objective.has_head and fresh:
         raise ModelError(
             f"model.name {model.name!r} brings no weights for {fresh[0]}: it is no causal language model; for text and "
             "instructions name one that is (Llama, Qwen, GPT-2 ...; `fslora pretrain-tiny` makes a small one)"
         )
-    _convert(loaded, model, device)
     loaded.config.use_cache = False
     _set_attention(loaded, model, device)
     if model.gradient_checkpointing:
@@ -103,8 +157,49 @@ def _load_model(
         local_files_only=local,
         **options,
     )
-    fresh = tuple(info["missing_keys"]) + tuple(entry[0] for entry in info["mismatched_keys"])
-    return model, fresh
+    return model, _fresh(info)
+
+
+def _fresh(info: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(info["missing_keys"]) + tuple(entry[0] for entry in info["mismatched_keys"])
+
+
+def _without_weights(source: str, objective: Objective) -> tuple[Any, tuple[str, ...] | None]:
+    """The model on the meta device, and what its checkpoint does not bring; None where no checkpoint is at hand.
+
+    A checkpoint that is here is opened, which settles its names and shapes; no weight of it is read.
+    """
+    import transformers
+
+    auto, options = getattr(transformers, objective.auto), objective.model_options
+    try:
+        model, info = auto.from_pretrained(
+            source,
+            dtype=torch.float32,
+            device_map="meta",
+            trust_remote_code=False,
+            use_safetensors=True,
+            ignore_mismatched_sizes=objective.has_head,
+            output_loading_info=True,
+            local_files_only=True,
+            **options,
+        )
+    except OSError:  # no weights here, or not as safetensors
+        config = transformers.AutoConfig.from_pretrained(
+            source, trust_remote_code=False, local_files_only=Path(source).exists(), **options
+        )
+        with torch.device("meta"):
+            return auto.from_config(config, trust_remote_code=False), None
+    stored = transformers.AutoConfig.from_pretrained(source, local_files_only=True)
+    model.config.dtype = getattr(stored, "dtype", None)
+    return model, _fresh(info)
+
+
+def _processor_if_any(source: str, objective: Objective) -> Any:
+    try:
+        return _load_processor(source, objective)
+    except (OSError, ValueError, KeyError, ImportError):
+        return None
 
 
 def _convert(loaded: Any, config: ModelConfig, device: torch.device) -> None:
@@ -171,6 +266,9 @@ def _check_sizes(model: Any, tokenizer: Any, config: ModelConfig) -> None:
             f"model.name {config.name!r}: the tokenizer has {len(tokenizer)} tokens, the model embeds {vocabulary}; "
             "they do not belong together"
         )
+
+
+def _check_positions(model: Any, config: ModelConfig) -> None:
     positions = getattr(model.config, "max_position_embeddings", None) or config.max_length
     if config.max_length > positions:
         raise ModelError(
@@ -189,7 +287,9 @@ def _head_modules(model: Any, fresh: tuple[str, ...]) -> tuple[str, ...]:
     return (*beside, *sorted(inside))
 
 
-def _device(wanted: str) -> torch.device:
+def device_of(model: ModelConfig) -> torch.device:
+    """Returns where the base is to live."""
+    wanted = model.device
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -25,6 +25,8 @@ from fslora.types import Tensor
 
 BITS = {"4bit": "load_in_4bit", "8bit": "load_in_8bit"}
 """What transformers calls each kind."""
+POOLER = "pooler"
+"""It lies inside the backbone, and is fresh with some checkpoints."""
 
 
 def quantization(config: ModelConfig, checkpoint: Any, objective: Objective, device: torch.device) -> dict[str, Any]:
@@ -105,11 +107,31 @@ def _kept(checkpoint: Any, objective: Objective) -> list[str]:
     import transformers
 
     with torch.device("meta"):
-        skeleton = getattr(transformers, objective.auto).from_config(checkpoint)
-    output = skeleton.get_output_embeddings()
-    outputs = [path for path, module in skeleton.named_modules() if output is not None and module is output]
-    beside = [name for name, _ in skeleton.named_children() if name != skeleton.base_model_prefix]
-    return [*beside, *outputs, ".*pooler"]  # a pooler lies inside the backbone, and is fresh with some checkpoints
+        return [*_unpacked(getattr(transformers, objective.auto).from_config(checkpoint)), f".*{POOLER}"]
+
+
+def _unpacked(model: Any) -> list[str]:
+    """The paths of what stands beside the backbone, and of the output layer."""
+    output = model.get_output_embeddings()
+    outputs = [path for path, module in model.named_modules() if output is not None and module is output]
+    return [*(name for name, _ in model.named_children() if name != model.base_model_prefix), *outputs]
+
+
+def pretend(model: Any) -> None:
+    """Makes a model without weights, on the meta device, compute as a quantised one does."""
+    kept = _unpacked(model)
+    for path, module in model.named_modules():
+        beside = any(path == name or path.startswith(f"{name}.") for name in kept) or POOLER in path.split(".")
+        if type(module) is nn.Linear and not beside:
+            module.__class__ = PackedLinear
+
+
+class PackedLinear(nn.Linear):
+    """In the place of a layer of bitsandbytes, where there are no weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns x Wᵀ + b."""
+        return _linear(self, x)
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -128,9 +150,12 @@ def prepare(model: Any) -> None:
 
 def dequantized(layer: nn.Linear) -> Tensor:
     """Returns a quantised layer's weights [o i], in a copy of its own."""
+    weight: Any = layer.weight
+    if isinstance(layer, PackedLinear):
+        copied: Tensor = weight.clone()
+        return copied
     import bitsandbytes.functional as bnb
 
-    weight: Any = layer.weight
     if weight.dtype == torch.int8:
         kept: Any = layer
         scale = kept.state.SCB if weight.SCB is None else weight.SCB

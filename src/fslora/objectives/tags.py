@@ -44,11 +44,12 @@ class Tags(Objective):
 
     def losses(self, base: Reader, batch: Batch) -> tuple[Tensor, Tensor]:
         """Returns the cross-entropy of each word, and the example it stands in."""
-        logits = base.logits(batch)
-        labels = batch["token_labels"].to(logits.device)
-        wanted = labels != IGNORED
-        each = functional.cross_entropy(logits[wanted].float(), labels[wanted], reduction="none")
-        return each, wanted.nonzero()[:, 0]
+        logits, labels = base.logits(batch), batch["token_labels"]
+        example, place = (labels != IGNORED).nonzero(as_tuple=True)  # where the labels are: no wait for a GPU
+        chosen = logits[example.to(logits.device), place.to(logits.device)]
+        wanted = labels[example, place].to(logits.device)
+        each = functional.cross_entropy(chosen.float(), wanted, reduction="none")
+        return each, example.to(logits.device)
 
     def predict(self, base: Reader, data: Encoded) -> Predictions:
         """Returns, per example, the sum of its words' losses, their likeliest tags and their tags."""
