@@ -62,8 +62,8 @@ class Rehearsal:
     """Bytes of the server's state after them."""
     served: int
     """Bytes of one adapter that is served."""
-    dense: Mapping[str, int]
-    """Layer → bytes of its weight: more than that is never sent to catch up with the base."""
+    shapes: Mapping[str, tuple[int, int]]
+    """Layer → (d_in, d_out)."""
 
     def exchange(self, number: int, rank: int) -> Exchange:
         """Returns what a client of this rank exchanges in a round (from 0): later rounds alternate between two."""
@@ -96,8 +96,13 @@ class Rehearsal:
 
         layers = self._changes[0]
         missed = sum(size(made, layer) - size(seen, layer) for layer in layers)
-        whole = sum(min(size(made, layer), self.dense.get(layer, size(made, layer))) for layer in layers)
+        whole = sum(self._summed(layer, size(made, layer)) for layer in layers)
         return round(min(missed, whole))
+
+    def _summed(self, layer: str, size: float) -> float:
+        """Bytes of one layer's changes as one sum: stacked, and dense once their ranks exceed the layer's."""
+        d_in, d_out = self.shapes.get(layer, (0, 0))
+        return size if size <= 4 * min(d_in, d_out) * (d_in + d_out) else 4.0 * d_in * d_out
 
     def down(self, cohorts: Sequence[Sequence[Client]]) -> list[int]:
         """Returns the bytes down of every round, with what absent clients catch up with."""
@@ -148,9 +153,8 @@ def rehearse(
             state = _after(method, state, plan, memories)
     if len(rounds) == 2:  # of a run of two rounds
         rounds.append(rounds[1])
-    dense = {name: 4 * d_in * d_out for name, (d_in, d_out) in template.layers.items()}
     served = (state.adapter if method.personal else method.global_adapter(state)).nbytes
-    return Rehearsal(tuple(rounds), state.nbytes, served, dense)
+    return Rehearsal(tuple(rounds), state.nbytes, served, template.layers)
 
 
 @dataclass(frozen=True)
