@@ -32,10 +32,11 @@ from torch.nn import functional
 from fslora.config import AdapterConfig, DataConfig, LocalConfig
 from fslora.data.batches import IGNORED, Encoded, local_batches
 from fslora.engine.cohort import CohortEngine
+from fslora.memory import peak_memory
 from fslora.models.base import Base
 from fslora.objectives import Causal
 from fslora.rng import Rng
-from fslora.runner import environment, peak_memory
+from fslora.runner import environment
 from fslora.types import Adapter, LocalProblem, LoRA, Start
 
 VOCABULARY, MAXIMUM, RANK = 32_000, 256, 16

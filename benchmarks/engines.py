@@ -31,10 +31,11 @@ from fslora.algebra.sketch import draw_rows
 from fslora.config import AdapterConfig, LocalConfig, ModelConfig
 from fslora.engine.cohort import CohortEngine
 from fslora.engine.sequential import SequentialEngine
+from fslora.memory import peak_memory
 from fslora.models.load import load_base
 from fslora.objectives import Classes
 from fslora.rng import Rng
-from fslora.runner import environment, peak_memory
+from fslora.runner import environment
 from fslora.types import Adapter, LocalProblem, LoRA, Start
 
 SERVER_RANK, RANKS, LABELS = 64, (8, 16, 32, 48), ("no", "yes")

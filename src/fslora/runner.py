@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import os
 import platform
-import resource
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
@@ -26,6 +22,7 @@ from fslora.config import Experiment, load, to_toml
 from fslora.errors import FsloraError
 from fslora.evaluate import predict, predict_dealt
 from fslora.export import export_peft, import_peft
+from fslora.memory import forget_peak_memory, peak_memory
 from fslora.metrics import Scores
 from fslora.objectives import Predictions, joined
 from fslora.prepare import Federation, Workshop
@@ -333,27 +330,6 @@ def _explain(federation: Federation, stage: Stage) -> None:
         f"{base.name}: {base.parameters / 1e6:.1f} M frozen parameters on {base.device}, "
         f"{len(base.targets)} adapted layers"
     )
-
-
-def peak_memory() -> int:
-    """Returns this process's largest resident set so far, in bytes."""
-    try:
-        # Not getrusage: on Linux a child process inherits its parent's peak there.
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
-
-
-def forget_peak_memory() -> None:
-    """Lets ``peak_memory`` begin anew, so that a run is not charged with those before it; where the system can."""
-    gc.collect()
-    with suppress(OSError, AttributeError):
-        # glibc keeps what was freed: some 0.4 GB after a run that stacks or decomposes adapters of MiniLM.
-        ctypes.CDLL(None).malloc_trim(0)
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def environment() -> Mapping[str, Any]:

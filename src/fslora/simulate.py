@@ -23,6 +23,7 @@ from fslora.engine.sequential import SequentialEngine
 from fslora.errors import TrainingError
 from fslora.evaluate import predict_dealt
 from fslora.fleet import sample_cohort
+from fslora.memory import release_memory
 from fslora.prepare import Federation
 from fslora.runfolder import RunFolder
 from fslora.types import (
@@ -149,6 +150,7 @@ class Simulation:
             last = number + 1 == run.rounds or self.spent(totals) >= 1
             if last or (number + 1) % run.eval_every == 0:
                 row.update(validation=self.evaluate(state), **self._spectrum(state))
+                release_memory()
             self._record(row)
             if last or (number + 1) % run.checkpoint_every == 0:
                 self.folder.save_checkpoint(number + 1, state, self.memories)
