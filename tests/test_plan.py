@@ -228,6 +228,7 @@ def measured_and_planned(settings: list[str], folder: Path) -> tuple[int, int]:
     return peak, json.loads(fslora("plan", *words, "--json"))["memory"]["peak"]
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_tiny_run(tiny_settings, tmp_path):
     measured, planned = measured_and_planned([*tiny_settings, "run.rounds=1", "variants={}"], tmp_path / "run")
     assert planned == pytest.approx(measured, rel=0.15)
