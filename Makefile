@@ -11,7 +11,7 @@ demo: $(VENV)/.installed
 	$(BIN)/fslora run
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -21,10 +21,7 @@ lint: $(VENV)/.installed-dev
 check: lint test
 
 bench: $(VENV)/.installed-dev
-	$(BIN)/python benchmarks/engines.py --clients 8
-	$(BIN)/python benchmarks/engines.py --clients 8 --targets all
-	$(BIN)/python benchmarks/engines.py --clients 16
-	$(BIN)/python benchmarks/engines.py --clients 16 --batch 1 --tokens 32
+	$(BIN)/python benchmarks/suite.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fslora import runner
 from fslora.config import AdapterConfig, ModelConfig
 from fslora.models.base import Base
 from fslora.models.load import load_base
@@ -109,6 +110,12 @@ def tiny_base(tiny_folder) -> Callable[..., Base]:
         return load_base(model, AdapterConfig(rank=8, targets=targets), Classes(LABELS), Rng(0))
 
     return make
+
+
+@pytest.fixture
+def pageless(monkeypatch) -> None:
+    """Runs of this process draw no page, which takes longer than training a tiny model does."""
+    monkeypatch.setattr(runner, "write_report", lambda folder: folder.path)
 
 
 @pytest.fixture(scope="session")

@@ -21,9 +21,11 @@ from fslora.engine.sequential import SequentialEngine
 from fslora.errors import ConfigError, ModelError
 from fslora.evaluate import predict, predict_dealt
 from fslora.export import export_merged, export_peft
+from fslora.footprint import StorageTracker
 from fslora.metrics import METRICS
 from fslora.models.base import Base
 from fslora.models.load import load_base
+from fslora.models.output import FrozenCrossEntropy
 from fslora.objectives import Causal, Classes, Images, Tags, Value, metric_of, objective_of
 from fslora.objectives.causal import Fitting
 from fslora.rng import Rng
@@ -182,6 +184,44 @@ def test_logits_are_computed_only_where_they_are_asked_for(causal_base, architec
     assert output is slot.module
     assert seen[0] == (int(at.sum()), 32)
     torch.testing.assert_close(some, every[at], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 3 * 64, 2**25])
+@pytest.mark.parametrize("architecture", CAUSAL)
+def test_the_loss_without_whole_logits_is_the_loss(causal_base, architecture, chunk, monkeypatch):
+    """Value and gradient by the hidden states, whatever the size of a chunk; capped logits are left to the model."""
+    monkeypatch.setattr("fslora.models.output.CHUNK", chunk)
+    base = causal_base(architecture)
+    assert (base._last is None) == ("capped" in architecture)
+    batch = encoded(base, instructions(4)).batch(range(4))
+    at = batch["token_labels"] != IGNORED
+    labels, adapter = batch["token_labels"][at], random_adapter(base, 4, Rng(0))
+    weights = torch.rand(len(labels), generator=Rng(1).torch())
+
+    def gradients(losses):
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in adapter.tensors().items()}
+        with base.using(adapter.with_tensors(leaves)):
+            each = losses()
+        (each * weights).sum().backward()
+        return each.detach(), [leaf.grad for leaf in leaves.values() if leaf.grad is not None]
+
+    ours = gradients(lambda: base.token_losses(batch, at, labels))
+    plain = gradients(lambda: functional.cross_entropy(base.logits(batch, at), labels, reduction="none"))
+    assert len(ours[1]) == len(plain[1]) > 0
+    torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-4)
+
+
+def test_no_more_logits_than_a_chunk_are_held(monkeypatch):
+    """Peak of forward and backward, tensor by tensor: several copies of all logits, or a small part of one."""
+    x, weight = torch.randn(2048, 8, generator=Rng(0).torch()), torch.randn(1024, 8, generator=Rng(1).torch())
+    labels, whole, peaks = torch.zeros(2048, dtype=torch.long), 4 * 2048 * 1024, {}
+    for chunk in (64 * 1024, 2**25):
+        monkeypatch.setattr("fslora.models.output.CHUNK", chunk)
+        with StorageTracker() as tracker:
+            FrozenCrossEntropy.apply(x.clone().requires_grad_(), weight, None, labels).sum().backward()
+        peaks[chunk] = sum(tracker.peak.values())
+    assert peaks[2**25] >= whole
+    assert peaks[64 * 1024] < whole / 4
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "v_proj"), r".*layers\.1\..*_proj"])

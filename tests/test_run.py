@@ -16,6 +16,7 @@ import torch
 
 from conftest import ARCHITECTURES
 from fslora import config, runner
+from fslora.cli import main
 from fslora.console import Silent
 from fslora.errors import ArtifactError, DataError, ModelError, TrainingError
 from fslora.evaluate import predict
@@ -95,19 +96,18 @@ def test_a_run_learns_and_leaves_everything(tiny_settings, tmp_path):
     "extra", [[], ["method.server.optimizer=adamw", "method.server.lr=0.01", "adapter.dropout=0.1"]]
 )
 @pytest.mark.parametrize("stop_after", [0, 1, 3])
-def test_resumed_equals_never_stopped(tiny_settings, tmp_path, stop_after, extra):
+def test_resumed_equals_never_stopped(pageless, tiny_settings, tmp_path, stop_after, extra):
     experiment = config.load(None, tiny_settings + extra).model_copy(update={"variants": {}})
     runner.start(experiment, tmp_path / "whole", Quiet())
     with pytest.raises(KeyboardInterrupt):
         runner.start(experiment, tmp_path / "stopped", Quiet(stop_after))
     stopped = tmp_path / "stopped"
-    assert (stopped / "report.html").is_file()
     assert (stopped / "adapter").is_dir() == (stop_after > 0)
     runner.resume(stopped, Quiet())
     assert_same_run(tmp_path / "whole", stopped)
 
 
-def test_a_stop_between_checkpoints_repeats_the_lost_rounds(tiny_settings, tmp_path):
+def test_a_stop_between_checkpoints_repeats_the_lost_rounds(pageless, tiny_settings, tmp_path):
     experiment = config.load(None, [*tiny_settings, "run.checkpoint_every=2"]).model_copy(update={"variants": {}})
     runner.start(experiment, tmp_path / "whole", Quiet())
     with pytest.raises(KeyboardInterrupt):
@@ -129,7 +129,7 @@ def test_engines_and_chunks_agree_over_a_whole_run(tiny_settings, tmp_path):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_architecture_runs_and_exports(tiny_settings, tiny_folder, tmp_path, architecture):
+def test_every_architecture_runs_and_exports(pageless, tiny_settings, tiny_folder, tmp_path, architecture):
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification
 
@@ -217,7 +217,7 @@ def test_an_occupied_or_unwritable_folder_is_refused(tiny_settings, tmp_path):
         runner.start(experiment, tmp_path / "file/run", Quiet())
 
 
-def test_a_full_disk_keeps_the_last_checkpoint(tiny_settings, tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_last_checkpoint(pageless, tiny_settings, tmp_path, monkeypatch):
     experiment = config.load(None, tiny_settings).model_copy(update={"variants": {}})
     import fslora.runfolder as module
 
@@ -239,7 +239,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tiny_settings, tmp_path, monkeypa
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_eval_and_export_of_a_run(tiny_settings, tmp_path):
+def test_eval_and_export_of_a_run(pageless, tiny_settings, tmp_path):
     experiment = config.load(None, tiny_settings).model_copy(update={"variants": {}})
     path = tmp_path / "run"
     runner.start(experiment, path, Quiet())
@@ -304,11 +304,13 @@ def test_command_line_end_to_end(tiny_settings, tmp_path):
         (["eval", "nowhere"], 1, "is no run folder"),
     ],
 )
-def test_command_line_refusals(tmp_path, arguments, code, message):
-    result = fslora(*arguments, cwd=tmp_path)
-    assert result.returncode == code
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
+def test_command_line_refusals(tmp_path, monkeypatch, capsys, arguments, code, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["fslora", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == code
+    assert message in capsys.readouterr().err
 
 
 def test_ctrl_c_leaves_a_run_that_resumes(tiny_settings, tmp_path):

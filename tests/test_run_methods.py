@@ -28,7 +28,7 @@ def settings(tiny_settings) -> list[str]:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_resumes_and_loads_in_peft(settings, tiny_folder, tmp_path, name):
+def test_every_method_resumes_and_loads_in_peft(pageless, settings, tiny_folder, tmp_path, name):
     """Stopped after round 2 and resumed: the same bits. What is exported gives PEFT the logits that we served."""
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification
@@ -65,7 +65,7 @@ def logits(federation, adapter, batch):
         return federation.base.logits(batch)
 
 
-def test_a_personal_method_exports_by_client(settings, tmp_path):
+def test_a_personal_method_exports_by_client(pageless, settings, tmp_path):
     """Without a client, or with one that does not exist, export says whose there are; others refuse a client."""
     personal = next(name for name, kind in METHODS.items() if kind.personal)
     runner.start(config.load(None, [*settings, f"method.name={personal}"]), tmp_path / "own", Quiet())
@@ -80,7 +80,7 @@ def test_a_personal_method_exports_by_client(settings, tmp_path):
 @pytest.mark.parametrize(
     ("key", "total"), [("max_bytes", "bytes_total"), ("max_flops", "flops_total"), ("max_seconds", "time_total")]
 )
-def test_a_run_ends_with_its_budget(settings, tmp_path, key, total):
+def test_a_run_ends_with_its_budget(pageless, settings, tmp_path, key, total):
     """The first round that reaches the amount is the last; the rate falls over the amount; resuming adds nothing."""
     runner.start(config.load(None, settings), tmp_path / "whole", Quiet())
     whole = RunFolder.open(tmp_path / "whole")
@@ -99,7 +99,7 @@ def test_a_run_ends_with_its_budget(settings, tmp_path, key, total):
     assert len(limited.metrics()) == 3
 
 
-def test_costs_are_counted_from_what_there_is(settings, tmp_path):
+def test_costs_are_counted_from_what_there_is(pageless, settings, tmp_path):
     """By hand for one client: bytes of trained values, gradients and AdamW's moments; operations per token; time."""
     experiment = config.load(None, [*settings, "run.rounds=1"])
     runner.start(experiment, tmp_path / "run", Quiet())
@@ -149,7 +149,7 @@ def test_pooled_data_is_one_client_with_everything(settings, tmp_path):
     assert (tmp_path / "run" / "report.html").is_file()
 
 
-def test_the_spectrum_is_recorded_where_the_run_is_evaluated(settings, tmp_path):
+def test_the_spectrum_is_recorded_where_the_run_is_evaluated(pageless, settings, tmp_path):
     """Shares of energy sum to one and fall; the effective rank is 1 / Σ share²; nothing before training."""
     runner.start(config.load(None, settings), tmp_path / "run", Quiet())
     rows = RunFolder.open(tmp_path / "run").metrics()

@@ -31,9 +31,9 @@ class Rng:
         text = "\x1f".join([str(self.seed), *(f"{type(name).__name__}:{name}" for name in self.path)])
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
-    def torch(self) -> torch.Generator:
-        """Returns a fresh CPU generator for this address."""
-        return torch.Generator().manual_seed(self.integer())
+    def torch(self, device: torch.device | str = "cpu") -> torch.Generator:
+        """Returns a fresh generator for this address; on a GPU the same address draws other numbers than on a CPU."""
+        return torch.Generator(device).manual_seed(self.integer())
 
     def numpy(self) -> np.random.Generator:
         """Returns a fresh NumPy generator for this address."""

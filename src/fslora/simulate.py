@@ -23,7 +23,7 @@ from fslora.engine.sequential import SequentialEngine
 from fslora.errors import TrainingError
 from fslora.evaluate import predict_dealt
 from fslora.fleet import sample_cohort
-from fslora.memory import release_memory
+from fslora.memory import keep_freed_memory, release_memory
 from fslora.prepare import Federation
 from fslora.runfolder import RunFolder
 from fslora.types import (
@@ -135,6 +135,7 @@ class Simulation:
             TrainingError: No client of a round sent a usable update.
             ArtifactError: The run folder cannot be written or its checkpoint is damaged.
         """
+        keep_freed_memory()
         run = self.experiment.run
         done, state, self.memories = self.folder.load_checkpoint() or (0, self.initial_state(), {})
         rows = self.folder.rewind(done)

@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from fslora.config import AdapterConfig
 from fslora.errors import ModelError
+from fslora.models.output import FrozenCrossEntropy, Noted, Picked, Skipped
 from fslora.models.quantized import is_quantized
-from fslora.models.slots import Change, Picked, SingleDense, SinglePair, Slot
+from fslora.models.slots import Change, SingleDense, SinglePair, Slot
 from fslora.objectives import Objective
 from fslora.types import Adapter, Batch, LoRA, Template, Tensor
 
@@ -63,6 +65,7 @@ class Base:
         self._checkpointed = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
         self._checkpoint(True)
         self._check_head()
+        self._last = None if objective.has_head or not self._ends_with_its_output_layer() else self._output
 
     def _checkpoint(self, on: bool) -> None:
         for module in self._checkpointed:
@@ -229,17 +232,49 @@ class Base:
             at: bool [b t]: only these positions of a causal model, [u vocabulary], in reading order; the others'
                 logits are never computed.
         """
+        if at is None:
+            return self._run(batch, None)
+        return self._run(batch, Picked(self._places(at)))[0]
+
+    def token_losses(self, batch: Batch, at: Tensor, labels: Tensor) -> Tensor:
+        """Returns the cross-entropy of a causal model at some positions, [u] float32.
+
+        Where nothing follows the output layer, its logits are never held as a whole.
+
+        Args:
+            batch: Inputs [b t].
+            at: bool [b t]: where tokens are predicted.
+            labels: int64 [u]: those tokens, in reading order.
+        """
+        labels, plain = labels.to(self.device), self._last and self._last.weight_and_bias()
+        if not plain:
+            return functional.cross_entropy(self.logits(batch, at).float(), labels, reduction="none")
+        hidden = self._run(batch, Skipped(self._places(at)))[0]
+        losses: Tensor = FrozenCrossEntropy.apply(hidden, *plain, labels)  # type: ignore[no-untyped-call]
+        return losses
+
+    def _places(self, at: Tensor) -> Tensor:
+        return at.flatten().nonzero()[:, 0].to(self.device)
+
+    def _run(self, batch: Batch, output: Change | None) -> Tensor:
+        """The model's logits, with something else in the place of its output layer."""
         inputs = {name: tensor.to(self.device) for name, tensor in batch.items() if name not in NOT_INPUTS}
-        if at is not None:
+        if output is not None:
             assert self._output is not None, "only models with an output layer over the vocabulary can be read so"
-            self._output.change = Picked(at.flatten().nonzero()[:, 0].to(self.device))
+            self._output.change = output
         try:
             logits = self.model(**inputs).logits
         finally:
             if self._output is not None:
                 self._output.change = None
         assert isinstance(logits, Tensor)
-        return logits if at is None else logits[0]
+        return logits
+
+    def _ends_with_its_output_layer(self) -> bool:
+        """Whether nothing follows the output layer: some models squash or scale its output into another tensor."""
+        noted, ids = Noted(), torch.zeros(1, 1, dtype=torch.long)
+        with torch.no_grad():
+            return self._run({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, noted) is noted.output
 
     def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[str]:
         """Returns what a causal model writes after each prompt, greedily, at most so many tokens, decoded."""

@@ -66,10 +66,12 @@ class Dropout:
     p: float
     rng: Rng
 
-    def __call__(self, x: Tensor, path: str) -> Tensor:
-        """Returns the input x of the layer ``path`` with a share p of its entries zeroed, the rest divided by 1 - p."""
-        keep = torch.empty(x.shape, dtype=x.dtype).bernoulli_(1 - self.p, generator=self.rng.child(path).torch())
-        return x * keep.to(x.device).div_(1 - self.p)
+    def mask(self, x: Tensor, path: str) -> Tensor:
+        """Returns what the input x of the layer ``path`` is multiplied with: 0 for a share p, 1 / (1 - p) elsewhere."""
+        keep = torch.empty_like(x)
+        if not x.is_meta:  # there is nothing to draw, and no generator, where only shapes are followed
+            keep.bernoulli_(1 - self.p, generator=self.rng.child(path).torch(x.device))
+        return keep.div_(1 - self.p)
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class SinglePair:
         y = layer.frozen(x)
         if self.frozen:
             y = y + self.frozen.low_rank(x)
-        return y + self.low_rank(self.dropout(x, layer.path) if self.dropout else x)
+        return y + self.low_rank(x * self.dropout.mask(x, layer.path) if self.dropout else x)
 
     def low_rank(self, x: Tensor) -> Tensor:
         """Returns scale · (x Aᵀ) Bt."""
@@ -108,18 +110,6 @@ class SingleDense:
     def apply(self, x: Tensor, layer: Slot) -> Tensor:
         """Returns x Wᵀ + bias."""
         return functional.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-
-
-@dataclass(frozen=True)
-class Picked:
-    """An output layer that is computed at some positions only."""
-
-    places: Tensor
-    """int64 [u]: which of the b · t positions, in reading order. No mask: a GPU would have to wait for its sum."""
-
-    def apply(self, x: Tensor, layer: Slot) -> Tensor:
-        """Returns the frozen output [1 u o] at the u positions of x [b t i]."""
-        return layer.frozen(x.flatten(0, 1)[self.places]).unsqueeze(0)
 
 
 class Layout:
@@ -164,7 +154,8 @@ class AdaptedLinear(torch.autograd.Function):
     Left to autograd, writing into a view clones the gradient, and the two gradients of x are added by a further pass
     over memory; on wide layers those copies cost as much as the low-rank products themselves.
 
-    A second pair (``frozen_A``, ``frozen_Bt``, with its scale folded in) may take part without being trained.
+    A mask of dropout acts on the input of the low-rank path alone. A second pair (``frozen_A``, ``frozen_Bt``, with its
+    scale folded in) may take part without being trained; the mask does not touch it.
     """
 
     @staticmethod
@@ -176,23 +167,25 @@ class AdaptedLinear(torch.autograd.Function):
         A: Tensor,
         Bt: Tensor,
         scale: Tensor,
+        mask: Tensor | None,
         frozen_A: Tensor | None,
         frozen_Bt: Tensor | None,
     ) -> Tensor:
-        """Returns [... o]; x [... i], weight [o i], A [c k i], Bt [c k o], scale [c 1 1]."""
+        """Returns [... o]; x and mask [... i], weight [o i], A [c k i], Bt [c k o], scale [c 1 1]."""
         split = x.reshape(A.shape[0], -1, x.shape[-1])
         y = functional.linear(split, weight, bias)
-        h = torch.bmm(split, A.transpose(1, 2)).mul_(scale)
+        low = split if mask is None else split * mask.view_as(split)
+        h = torch.bmm(low, A.transpose(1, 2)).mul_(scale)
         y.baddbmm_(h, Bt)
         if frozen_A is not None and frozen_Bt is not None:
             y.baddbmm_(torch.bmm(split, frozen_A.transpose(1, 2)), frozen_Bt)
-        ctx.save_for_backward(split, weight, A, Bt, scale, h, frozen_A, frozen_Bt)
+        ctx.save_for_backward(low, weight, A, Bt, scale, h, mask, frozen_A, frozen_Bt)
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Returns the gradients by x, A and Bt, where they are asked for; what is frozen has none."""
-        split, weight, A, Bt, scale, h, frozen_A, frozen_Bt = ctx.saved_tensors
+        low, weight, A, Bt, scale, h, mask, frozen_A, frozen_Bt = ctx.saved_tensors
         g = gradient.reshape(len(A), -1, gradient.shape[-1])
         wants_x, wants_A, wants_Bt = ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4]
         dx = dh = None
@@ -200,13 +193,17 @@ class AdaptedLinear(torch.autograd.Function):
             dh = torch.bmm(g, Bt.transpose(1, 2)).mul_(scale)
         if wants_x:
             assert dh is not None
-            dx = torch.matmul(g, weight).baddbmm_(dh, A)
+            dx = torch.matmul(g, weight)
+            if mask is None:
+                dx.baddbmm_(dh, A)
+            else:
+                dx.addcmul_(torch.bmm(dh, A), mask.view_as(dx))
             if frozen_A is not None:
                 dx.baddbmm_(torch.bmm(g, frozen_Bt.transpose(1, 2)), frozen_A)
             dx = dx.view(*gradient.shape[:-1], -1)
-        dA = torch.bmm(dh.transpose(1, 2), split) if wants_A and dh is not None else None
+        dA = torch.bmm(dh.transpose(1, 2), low) if wants_A and dh is not None else None
         dBt = torch.bmm(h.transpose(1, 2), g) if wants_Bt else None
-        return dx, None, None, dA, dBt, None, None, None
+        return dx, None, None, dA, dBt, None, None, None, None
 
 
 @dataclass(frozen=True)
@@ -229,14 +226,15 @@ class StackedPair:
         A, Bt, scale = self.A.to(x.dtype), self.Bt.to(x.dtype), self.scale.to(x.dtype)
         frozen_A, frozen_Bt = [tensor.to(x.dtype) for tensor in self.frozen] if self.frozen else (None, None)
         plain = layer.weight_and_bias()
-        if plain and self.layout.equal and not self.dropout:
-            fused: Tensor = AdaptedLinear.apply(x, *plain, A, Bt, scale, frozen_A, frozen_Bt)  # type: ignore[no-untyped-call]
+        mask = self.dropout.mask(x, layer.path) if self.dropout else None
+        if plain and self.layout.equal:
+            fused: Tensor = AdaptedLinear.apply(x, *plain, A, Bt, scale, mask, frozen_A, frozen_Bt)  # type: ignore[no-untyped-call]
             return fused
         y = layer.frozen(x)
         if frozen_A is not None and frozen_Bt is not None:
             y = y + self.layout.join(self.layout.split(x) @ frozen_A.transpose(1, 2) @ frozen_Bt, y.shape)
-        if self.dropout:
-            x = self.dropout(x, layer.path)
+        if mask is not None:
+            x = x * mask
         h = torch.bmm(self.layout.split(x), A.transpose(1, 2)) * scale
         return y + self.layout.join(torch.bmm(h, Bt), y.shape)
 

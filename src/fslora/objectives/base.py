@@ -30,8 +30,11 @@ class Reader(Protocol):
     def vocabulary(self) -> int:
         """How many tokens the model tells apart."""
 
-    def logits(self, batch: Batch, at: Tensor | None = None) -> Tensor:
-        """Returns the logits for a batch; ``at``, bool [b t]: of a causal model, only at these positions [u v]."""
+    def logits(self, batch: Batch) -> Tensor:
+        """Returns the logits for a batch."""
+
+    def token_losses(self, batch: Batch, at: Tensor, labels: Tensor) -> Tensor:
+        """Returns a causal model's cross-entropy [u] at the positions ``at``, bool [b t], of tokens ``labels`` [u]."""
 
     def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[str]:
         """Returns what a causal model writes after each prompt, at most so many tokens."""

@@ -13,7 +13,6 @@ from itertools import chain
 from typing import Any, ClassVar
 
 import numpy as np
-from torch.nn import functional
 
 from fslora.config import DataConfig, ModelConfig
 from fslora.data.answers import found
@@ -116,10 +115,8 @@ class Causal(Objective):
     def losses(self, base: Reader, batch: Batch) -> tuple[Tensor, Tensor]:
         """Returns the cross-entropy of each token of the responses, and the example it belongs to."""
         wanted = batch["token_labels"] != IGNORED
-        logits = base.logits(batch, wanted)
-        labels = batch["token_labels"][wanted].to(logits.device)
-        each = functional.cross_entropy(logits.float(), labels, reduction="none")
-        return each, wanted.nonzero()[:, 0].to(logits.device)
+        each = base.token_losses(batch, wanted, batch["token_labels"][wanted])
+        return each, wanted.nonzero()[:, 0].to(each.device)
 
     def predict(self, base: Reader, data: Encoded) -> Predictions:
         """Returns each response's loss, summed over its tokens, and whether the answer was right."""

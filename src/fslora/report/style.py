@@ -87,6 +87,8 @@ def save(figure: Figure, form: str) -> bytes:
     """Returns the figure as a file, ``svg``, ``png`` or ``pdf``; the same bytes each time."""
     buffer = io.BytesIO()
     stamp = {"svg": "Date", "pdf": "CreationDate"}.get(form, "Software")
+    figure.draw_without_rendering()  # finds the layout, which saving would do twice
+    figure.set_layout_engine("none")
     figure.savefig(buffer, format=form, dpi=200, metadata={stamp: None})
     return buffer.getvalue()
 
