@@ -272,9 +272,11 @@ class Base:
 
     def _ends_with_its_output_layer(self) -> bool:
         """Whether nothing follows the output layer: some models squash or scale its output into another tensor."""
-        noted, ids = Noted(), torch.zeros(1, 1, dtype=torch.long)
+        noted, batch = Noted(), {"input_ids": torch.zeros(1, 1, dtype=torch.long)}
+        if self.device.type == "meta":  # a mask of four dimensions is taken as it is; of others, values would be read
+            batch["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool)
         with torch.no_grad():
-            return self._run({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, noted) is noted.output
+            return self._run(batch, noted) is noted.output
 
     def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[str]:
         """Returns what a causal model writes after each prompt, greedily, at most so many tokens, decoded."""
