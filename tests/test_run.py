@@ -345,6 +345,8 @@ def test_doctor_finds_this_machine_fit(tmp_path):
     result = fslora("doctor", "--json", cwd=tmp_path)
     findings = {entry["what"]: entry for entry in json.loads(result.stdout)["findings"]}
     assert findings["torch"]["found"] == torch.__version__
+    if not torch.cuda.is_available():
+        assert "'auto' takes" in findings["attention in bfloat16"]["found"]
     assert result.returncode == (0 if all(f["state"] != "broken" for f in findings.values()) else 1)
 
 

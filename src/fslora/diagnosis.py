@@ -6,6 +6,7 @@ import importlib.util
 import os
 import platform
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -37,7 +38,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Returns everything that was found; only 'broken' keeps the main job from running."""
-    return [*_versions(), *_devices(), _weights(), *_extras(), _hub(), _disk()]
+    return [*_versions(), *_devices(), *_attention(), _weights(), *_extras(), _hub(), _disk()]
 
 
 def healthy(findings: Sequence[Finding]) -> bool:
@@ -65,6 +66,45 @@ def _devices() -> list[Finding]:
         return [cores, Finding("GPU", "note", "none visible; the processor is used")]
     names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     return [cores, Finding("GPU", "ok", names)]
+
+
+def _attention() -> list[Finding]:
+    """Which attention is faster in bfloat16 on this processor, measured.
+
+    Only said, not acted upon: a choice that depends on a moment's speed would make the same seed give other numbers.
+    """
+    if importlib.util.find_spec("torch") is None:
+        return []
+    import torch
+
+    if torch.cuda.is_available():
+        return []
+    times = {name: _attention_seconds(torch, name) for name in ("eager", "sdpa")}
+    ratio = times["sdpa"] / times["eager"]
+    what = "attention in bfloat16"
+    if ratio >= 1:
+        return [
+            Finding(what, "ok", f"the plain kind, which model.attention 'auto' takes here, is {ratio:.1f} x as fast")
+        ]
+    found = f"the fused kind is {1 / ratio:.1f} x as fast as the plain one, which model.attention 'auto' takes"
+    return [Finding(what, "note", found, "set model.attention to 'sdpa'")]
+
+
+def _attention_seconds(torch: Any, kind: str) -> float:
+    """The best of five forward and backward passes over 64 texts of 64 tokens, with MiniLM's heads."""
+    query, key, value = (torch.randn(64, 12, 64, 32, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    mask = torch.zeros(64, 1, 64, 64, dtype=torch.bfloat16)
+    best = float("inf")
+    for _ in range(5):
+        began = time.perf_counter()
+        if kind == "sdpa":
+            out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        else:
+            scores = torch.matmul(query, key.transpose(2, 3)) * 32**-0.5 + mask
+            out = torch.matmul(torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype), value)
+        out.sum().backward()
+        best = min(best, time.perf_counter() - began)
+    return best
 
 
 def _weights() -> Finding:
