@@ -82,7 +82,8 @@ class CohortEngine:
             owner = layout.owner[example]
             sizes = owner.new_zeros(layout.clients).index_add(0, owner, torch.ones_like(owner)).clamp(min=1)
             means = each.new_zeros(layout.clients).index_add(0, owner, each) / sizes
-            stack.backward(means.sum() + stack.penalty())
+            stack.backward(means.sum())
+        stack.add_penalties()
         stack.measure()
         stack.clip(self.local.clip_norm)
         return means.detach()
@@ -133,17 +134,20 @@ class Stack:
         self.flat_leaf = self._flat[:clients].detach().requires_grad_()
         self.gradient = self._flat_gradient[:clients]
         self.flat_leaf.grad = self.gradient
-        views = self._views(self._flat[:clients])
-        # Leaves on the buffer's own memory: an optimizer step on the buffer is a step on each of them.
-        self._leaves = {name: view.detach().requires_grad_() for name, view in views.items()}
-        self._tensors = {**self._leaves, **{name: tensor[:clients] for name, tensor in self._resting.items()}}
+        self._values = self._views(self._flat[:clients])
         self._gradients = self._views(self.gradient)
 
     def changes(
         self, base: Base, layout: Layout, dropout: Dropout | None
     ) -> tuple[dict[str, Change], dict[str, Change]]:
-        """Returns what the slots of the base apply for the active clients: pairs by layer, heads by layer."""
-        tensors, n = self._tensors, layout.clients
+        """Returns what the slots of the base apply for the active clients: pairs by layer, heads by layer.
+
+        It is rounded to the base's type once, here: gradients then come in that type, and are widened as they are
+        copied into the buffer.
+        """
+        n, dtype = layout.clients, base.dtype
+        self._leaves = {name: view.to(dtype).detach().requires_grad_() for name, view in self._values.items()}
+        tensors = {**self._leaves, **{name: tensor[:n].to(dtype) for name, tensor in self._resting.items()}}
         frozen = {name: (A[:n], Bt[:n]) for name, (A, Bt) in self._frozen.items()}
         pairs: dict[str, Change] = {
             name: StackedPair(tensors[f"{name}:A"], tensors[f"{name}:Bt"], scale[:n], layout, dropout, frozen.get(name))
@@ -155,31 +159,36 @@ class Stack:
         }
         return pairs, heads
 
-    def penalty(self) -> Tensor:
-        """Returns the sum of the active clients' penalties; each depends on its own client's tensors alone."""
-        total = self.flat_leaf.new_zeros(())
+    def add_penalties(self) -> None:
+        """Adds to the buffer the gradients of the active clients' penalties, each of its own client's tensors alone."""
         for c, start in enumerate(self._starts[: len(self.flat_leaf)]):
-            if start.penalty:
-                own = {n: self._tensors[n][c][: len(t)] for n, t in start.adapter.tensors().items()}
-                total = total + start.penalty(start.adapter.with_tensors(own))
-        return total
+            if not start.penalty:
+                continue
+            own = {name: tensor.to(self._flat.device) for name, tensor in start.adapter.tensors().items()}
+            trained = {name: view[c][: len(own[name])].detach().requires_grad_() for name, view in self._values.items()}
+            penalty = start.penalty(start.adapter.with_tensors({**own, **trained}))
+            gradients = torch.autograd.grad(penalty, list(trained.values()), allow_unused=True)
+            for name, gradient in zip(trained, gradients, strict=True):
+                if gradient is not None:
+                    self._gradients[name][c][: len(gradient)].add_(gradient)
 
     def backward(self, loss: Tensor) -> None:
         """Writes the gradients of ``loss`` into the buffer; zero for what the model never used."""
         gradients: tuple[Tensor | None, ...] = torch.autograd.grad(loss, list(self._leaves.values()), allow_unused=True)
-        for target, gradient in zip(self._gradients.values(), gradients, strict=True):
+        pairs = list(zip(self._gradients.values(), gradients, strict=True))
+        for target, gradient in pairs:
             if gradient is None:
                 target.zero_()
-            else:
-                target.copy_(gradient)
+        used = [(target, gradient) for target, gradient in pairs if gradient is not None]
+        torch._foreach_copy_([target for target, _ in used], [gradient for _, gradient in used])
 
     def measure(self) -> None:
         """Adds this step's |w · gradient|, where clients ask for sensitivities; before the gradient is clipped."""
         if not any(start.measures_sensitivity for start in self._starts):
             return
         for name in self._scales:
-            factors = [key for key in (f"{name}:A", f"{name}:Bt") if key in self._leaves]
-            moved = [(self._leaves[key].detach() * self._gradients[key]).abs() for key in factors]
+            factors = [key for key in (f"{name}:A", f"{name}:Bt") if key in self._values]
+            moved = [(self._values[key] * self._gradients[key]).abs() for key in factors]
             mean = torch.cat(moved, dim=2).mean(dim=2)
             total = self._measured.setdefault(name, mean.new_zeros(len(self._starts), mean.shape[1]))
             total[: len(mean)].add_(mean)
@@ -206,12 +215,9 @@ class Stack:
         return like.with_tensors({**values, **trained})
 
     def _views(self, flat: Tensor) -> dict[str, Tensor]:
-        views, start = {}, 0
-        for name, shape in self._shapes.items():
-            size = torch.Size(shape).numel()
-            views[name] = flat[:, start : start + size].view(len(flat), *shape)
-            start += size
-        return views
+        sizes = [torch.Size(shape).numel() for shape in self._shapes.values()]
+        parts = zip(self._shapes.items(), torch.split(flat, sizes, dim=1), strict=True)
+        return {name: part.view(len(flat), *shape) for (name, shape), part in parts}
 
 
 def stacked_frozen(starts: Sequence[Start], device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:

@@ -79,6 +79,13 @@ class Base:
         return device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What the base computes in."""
+        dtype = self.model.dtype
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+    @property
     def pad_id(self) -> int:
         """The padding token; 0 where there are no tokens."""
         return int(getattr(self.tokenizer, "pad_token_id", None) or 0)
