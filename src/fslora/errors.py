@@ -23,5 +23,9 @@ class TrainingError(FsloraError, RuntimeError):
     """Training cannot go on; what was computed before is still in the run folder."""
 
 
+class WireError(FsloraError, ValueError):
+    """What came over the wire is not what was agreed on; nothing of it may be used."""
+
+
 class ArtifactError(FsloraError, OSError):
     """A run folder, checkpoint or adapter is missing, damaged or cannot be written."""
