@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,10 +23,11 @@ from fslora.errors import ArtifactError, DataError, ModelError, TrainingError
 from fslora.evaluate import predict
 from fslora.evaluation import evaluate_run, export_run
 from fslora.export import import_peft
+from fslora.fleet import sample_cohort
 from fslora.prepare import Workshop
 from fslora.runfolder import RunFolder
 from fslora.simulate import Simulation
-from fslora.types import Adapter, Broadcast, LoRA, ServerState
+from fslora.types import Adapter, LoRA, ServerState
 from kit import World, parts_of
 
 FSLORA = [sys.executable, "-c", "from fslora.cli import main; main()"]
@@ -149,26 +151,41 @@ def test_every_architecture_runs_and_exports(pageless, tiny_settings, tiny_folde
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_a_client_whose_update_is_not_finite_is_dropped_and_named(tiny_settings, tmp_path):
+def poisoned(adapter: Adapter) -> Adapter:
+    nan = {n: LoRA(p.A, torch.full_like(p.Bt, float("nan")), p.scale) for n, p in adapter.layers.items()}
+    return Adapter(nan, adapter.dense)
+
+
+@pytest.mark.parametrize("step", ["broadcast", "client_update"])
+def test_a_client_whose_message_is_not_finite_is_dropped_and_named(tiny_settings, tmp_path, step):
     federation = Workshop().federation(config.load(None, tiny_settings))
     simulation = Simulation(federation, RunFolder.create(tmp_path / "run"), Silent())
-    real = type(simulation.method).broadcast
+    kind = type(simulation.method)
 
-    class Poisoned(type(simulation.method)):
+    class Poisoned(kind):
         def broadcast(self, state, client, round):
-            sent = real(self, state, client, round)
-            if client.id != min(member.id for member in round.cohort):
-                return sent
-            layers = {
-                n: LoRA(p.A, torch.full_like(p.Bt, float("nan")), p.scale) for n, p in sent.adapter.layers.items()
-            }
-            return Broadcast(Adapter(layers, sent.adapter.dense), sent.rows)
+            sent = kind.broadcast(self, state, client, round)
+            first = step == "broadcast" and client.id == min(member.id for member in round.cohort)
+            return replace(sent, adapter=poisoned(sent.adapter)) if first else sent
+
+        def client_update(self, broadcast, start, trained, site):
+            sent = kind.client_update(self, broadcast, start, trained, site)
+            first = step == "client_update" and site.client.id == min(client.id for client in cohort)
+            return replace(sent, adapter=poisoned(sent.adapter)) if first else sent
 
     simulation.method = Poisoned()
+    cohort = sample_cohort(simulation.trainers, 4, federation.rng.child("round", 0).child("cohort"))
     state, tally = simulation.round(simulation.initial_state(), 0)
-    assert list(tally.dropped.values()) == ["its loss was not finite"]
+    (dropped,) = tally.dropped.items()
+    assert dropped[0] == cohort[0].id
+    refused = {"broadcast": "it refused its broadcast", "client_update": "its update was refused"}[step]
+    assert dropped[1].startswith(f"{refused}: ")
+    assert dropped[1].endswith(":Bt: it is not finite")
+    assert tally.bytes_down.keys() == {client.id for client in cohort}
     assert all(torch.isfinite(tensor).all() for tensor in state.adapter.tensors().values())
     assert isinstance(state, ServerState)
+    row = simulation._row(0, tally, {"round": 0, "bytes_total": 0, "flops_total": 0, "time_total": 0}, 1.0, state)
+    assert row["simulated_seconds"] > 0
 
 
 def test_divergence_of_every_client_is_an_error_that_keeps_the_run(tiny_settings, tmp_path):

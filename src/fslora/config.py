@@ -17,6 +17,7 @@ import tomlkit
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
+from fslora.algebra.codes import Code, Numbers
 from fslora.errors import ConfigError
 from fslora.methods import Method, method_class
 from fslora.methods.fslora import FSLoRA
@@ -355,6 +356,28 @@ class LocalConfig(Section):
         return self.lr * factor
 
 
+class WireConfig(Section):
+    """How messages are put into bytes (docs/wire.md). As it stands nothing is lost."""
+
+    down: Numbers = Field(
+        "float32", description="Numbers on the way down: 'float32', 'bfloat16', or 'int8' with a scale for each row."
+    )
+    up: Numbers = Field("float32", description="Numbers on the way up, likewise.")
+    top_k: float = Field(
+        1.0, gt=0, le=1, description="Share of the entries of each tensor, the largest, that a client sends; 1: all."
+    )
+    error_feedback: bool = Field(
+        True,
+        description="A client adds what it could not send to what it sends next. Methods that do not send changes, "
+        "or of other things every round, need false once up or top_k loses anything.",
+    )
+
+    @property
+    def up_code(self) -> Code:
+        """How a client's update is encoded."""
+        return Code(self.up, self.top_k)
+
+
 class EngineConfig(Section):
     """How the cohort is trained on this machine; results do not depend on it beyond rounding."""
 
@@ -424,6 +447,7 @@ class Experiment(Section):
     adapter: AdapterConfig = AdapterConfig()
     method: SerializeAsAny[Method] = FSLoRA()
     local: LocalConfig = LocalConfig()
+    wire: WireConfig = WireConfig()
     engine: EngineConfig = EngineConfig()
     compare: CompareConfig = CompareConfig()
     variants: dict[str, dict[str, Any]] = Field(
@@ -519,6 +543,17 @@ class Experiment(Section):
                 f"method.name is {self.method.name!r}, which adds to the weights of the base, but model.quantize is "
                 f"{self.model.quantize!r}, and nothing can be added to quantised weights; set model.quantize to "
                 "'none', or choose a method that keeps its adapter apart"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _feedback_makes_sense(self) -> Self:
+        wire = self.wire
+        if wire.error_feedback and not wire.up_code.lossless and not self.method.error_feedback:
+            raise ValueError(
+                f"wire.error_feedback is true, but method.name is {self.method.name!r}, whose uploads are not changes "
+                "of the same things every round, so that what was left out of one cannot be added to the next; set "
+                "wire.error_feedback to false, or wire.up to 'float32' and wire.top_k to 1"
             )
         return self
 

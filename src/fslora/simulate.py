@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 import torch
 
-from fslora.algebra.adapters import all_finite
 from fslora.algebra.lowrank import energy_by_index
 from fslora.algebra.rows import holders
 from fslora.config import BUDGETS
@@ -20,7 +19,7 @@ from fslora.cost import client_flops, client_memory, simulated_seconds
 from fslora.data.batches import length_order, local_batches
 from fslora.engine.cohort import CohortEngine
 from fslora.engine.sequential import SequentialEngine
-from fslora.errors import TrainingError
+from fslora.errors import TrainingError, WireError
 from fslora.evaluate import predict_dealt
 from fslora.fleet import sample_cohort
 from fslora.memory import keep_freed_memory, release_memory
@@ -37,8 +36,8 @@ from fslora.types import (
     ServerState,
     Site,
     Start,
-    Trained,
 )
+from fslora.wire import Payload, Wire, remembering
 
 TOTALS = ("bytes_total", "flops_total", "time_total")
 """What a row of metrics.jsonl sums up since the start of the run."""
@@ -74,9 +73,9 @@ class Tally:
     server_seconds: float = 0.0
     """Time in the method's own server steps, without the training that they wait for."""
 
-    def sent(self, client: Client, broadcast: Broadcast, rank: int) -> None:
+    def sent(self, client: Client, broadcast: Broadcast, payload: Payload, rank: int) -> None:
         """Counts what went down to a client."""
-        self.bytes_down[client.id] = broadcast.nbytes
+        self.bytes_down[client.id] = payload.nbytes
         if broadcast.rows is not None:
             held = holders(broadcast.rows, rank)
             self.coverage = held if self.coverage is None else self.coverage + held
@@ -116,6 +115,8 @@ class Simulation:
             else SequentialEngine(federation.base, local, dropout)
         )
         self.lengths = federation.train.lengths
+        # Data in one place do not travel, and neither does what is trained on them.
+        self.wire = Wire() if self.experiment.fleet.pooled else Wire.of(self.experiment.wire)
         self.template = federation.template
         self.trainers, self.shares = federation.trainers, federation.shares
         self.memories: dict[int, ClientMemory] = {}
@@ -192,36 +193,49 @@ class Simulation:
 
     def _updates(self, state: ServerState, plan: Round, tally: Tally, lr: float) -> Iterator[ClientUpdate]:
         """Yields usable updates by increasing client id, training a chunk at a time."""
-        pending: dict[int, tuple[Broadcast, Start, Site]] = {}
+        pending: dict[int, tuple[Broadcast, Broadcast, Start, Site]] = {}
 
         def problems() -> Iterator[LocalProblem]:
             for client in plan.cohort:
                 with tally.at_the_server():
                     broadcast = self.method.broadcast(state, client, plan)
-                site = self.site(client)
-                start = self.method.start(broadcast, site)
-                pending[client.id] = broadcast, start, site
-                problem = self.problem(client, start, plan)
-                tally.sent(client, broadcast, self.experiment.adapter.rank)
+                payload = self.wire.pack_broadcast(broadcast, self.template)
+                tally.sent(client, broadcast, payload, self.experiment.adapter.rank)
                 if self.experiment.fleet.pooled:
                     tally.bytes_down[client.id] = 0  # the data are where the server is
+                try:
+                    received = self.wire.unpack_broadcast(payload, self.template)
+                except WireError as error:
+                    tally.dropped[client.id] = f"it refused its broadcast: {error}"
+                    continue
+                site = self.site(client)
+                start = self.method.start(received, site)
+                pending[client.id] = broadcast, received, start, site
+                problem = self.problem(client, start, plan)
                 tally.ranks[client.id] = start.adapter.rank
                 tally.flops[client.id] = client_flops(self.federation.base, start, problem.batches)
                 tally.memory[client.id] = client_memory(start, site.memory, self.experiment.local)
                 yield problem
 
         for trained in self.engine.train(problems(), lr):
-            broadcast, start, site = pending.pop(trained.client)
+            broadcast, received, start, site = pending.pop(trained.client)
             self.watcher.client_done(trained.losses[-1])
-            update = self.method.client_update(broadcast, start, trained, site)
-            tally.bytes_up[trained.client] = 0 if self.experiment.fleet.pooled else update.nbytes
-            reason = refusal(update, trained)
-            if reason:
-                tally.dropped[trained.client] = reason
+            update = self.method.client_update(received, start, trained, site)
+            rng = plan.rng.child("wire", trained.client)
+            payload, unsent = self.wire.pack_update(update, self.template, site.memory, rng)
+            tally.bytes_up[trained.client] = 0 if self.experiment.fleet.pooled else payload.nbytes
+            if not all(isfinite(loss) for loss in trained.losses):
+                tally.dropped[trained.client] = "its loss was not finite"
                 continue
-            self.memories[trained.client] = self.method.remember(broadcast, start, trained, site)
+            try:
+                arrived = self.wire.unpack_update(payload, site.client, broadcast, self.template)
+            except WireError as error:
+                tally.dropped[trained.client] = f"its update was refused: {error}"
+                continue
+            kept = self.method.remember(received, start, trained, site)
+            self.memories[trained.client] = remembering(kept, unsent)
             tally.losses[trained.client] = sum(trained.losses) / len(trained.losses)
-            yield update
+            yield arrived
 
     def site(self, client: Client) -> Site:
         """Returns what a client knows by itself."""
@@ -294,7 +308,13 @@ class Simulation:
         largest = max(client.rank for client in self.trainers)
         return {
             client: simulated_seconds(
-                self.experiment.fleet, self.trainers[client], largest, down, tally.bytes_up[client], tally.flops[client]
+                self.experiment.fleet,
+                self.trainers[client],
+                largest,
+                down,
+                # A client that refused its broadcast has sent and computed nothing.
+                tally.bytes_up.get(client, 0),
+                tally.flops.get(client, 0.0),
             )
             for client, down in tally.bytes_down.items()
         }
@@ -314,12 +334,3 @@ def spectrum(adapter: Adapter) -> torch.Tensor | None:
 
 def _by_id(values: Mapping[int, Any]) -> dict[str, Any]:
     return {str(client): value for client, value in values.items()}
-
-
-def refusal(update: ClientUpdate, trained: Trained) -> str | None:
-    """Returns why an update must not be averaged, or None when it may."""
-    if not all(isfinite(loss) for loss in trained.losses):
-        return "its loss was not finite"
-    if not (all_finite(update.adapter) and all(bool(torch.isfinite(t).all()) for t in update.extras.values())):
-        return "its update was not finite"
-    return None

@@ -30,6 +30,7 @@ from fslora.types import (
     Template,
     Trained,
 )
+from fslora.wire import Payload, Wire, remembering
 
 SMALL = 2**25
 """Entries of all adapters of a cohort: up to here three rounds are rehearsed."""
@@ -129,6 +130,7 @@ def rehearse(
     cohorts: Sequence[Sequence[Client]],
     local: LocalConfig,
     rng: Rng,
+    wire: Wire,
 ) -> Rehearsal:
     """Returns what a method's clients exchange.
 
@@ -139,6 +141,7 @@ def rehearse(
         cohorts: Who takes part, round by round.
         local: What the optimizer keeps.
         rng: The run's root stream.
+        wire: How messages are encoded.
     """
     state, memories = method.init(template, fleet, rng), dict[int, ClientMemory]()
     small = len(cohorts[0]) * state.adapter.nbytes <= 4 * SMALL
@@ -147,10 +150,10 @@ def rehearse(
         plan = Round(number, tuple(cohort), rng.child("round", number), template)
         speakers = _speakers(fleet, cohort)
         heard = replace(plan, cohort=tuple(sorted({*cohort, *speakers}, key=lambda client: client.id)))
-        passed = [_passed(method, state, client, heard, memories) for client in speakers]
-        rounds.append({p.site.client.rank: p.exchange(method, local) for p in passed})
+        passed = [_passed(method, wire, state, client, heard, memories, number > 0) for client in speakers]
+        rounds.append({p.site.client.rank: p.exchange(local) for p in passed})
         if small and number < 2:
-            state = _after(method, state, plan, memories)
+            state = _after(method, wire, state, plan, memories)
     if len(rounds) == 2:  # of a run of two rounds
         rounds.append(rounds[1])
     served = (state.adapter if method.personal else method.global_adapter(state)).nbytes
@@ -164,27 +167,27 @@ class Passed:
     site: Site
     broadcast: Broadcast
     start: Start
-    trained: Trained
     update: ClientUpdate
+    """As it arrives."""
+    down: Payload
+    up: Payload
+    memory: ClientMemory
+    """What the client keeps."""
 
-    def exchange(self, method: Method, local: LocalConfig) -> Exchange:
+    def exchange(self, local: LocalConfig) -> Exchange:
         """Returns what is to be known of it."""
         changes: Counter[str] = Counter()
         for update in self.broadcast.base:
             for name, tensor in update.adapter.tensors().items():
                 changes[name.rpartition(":")[0]] += tensor.nbytes
         return Exchange(
-            down=self.broadcast.nbytes - changes.total(),
+            down=self.down.nbytes - changes.total(),
             changes=changes,
-            up=self.update.nbytes,
+            up=self.up.nbytes,
             memory=client_memory(self.start, self.site.memory, local),
-            kept=self.memory(method).nbytes,
+            kept=self.memory.nbytes,
             start=self.start,
         )
-
-    def memory(self, method: Method) -> ClientMemory:
-        """Returns what the client keeps."""
-        return method.remember(self.broadcast, self.start, self.trained, self.site)
 
 
 def _speakers(fleet: Sequence[Client], cohort: Sequence[Client]) -> list[Client]:
@@ -194,23 +197,36 @@ def _speakers(fleet: Sequence[Client], cohort: Sequence[Client]) -> list[Client]
 
 
 def _passed(
-    method: Method, state: ServerState, client: Client, plan: Round, memories: Mapping[int, ClientMemory]
+    method: Method,
+    wire: Wire,
+    state: ServerState,
+    client: Client,
+    plan: Round,
+    memories: Mapping[int, ClientMemory],
+    moves: bool,
 ) -> Passed:
     site = Site(client, plan.template, memories.get(client.id, ClientMemory()))
     broadcast = method.broadcast(state, client, plan)
-    start = method.start(broadcast, site)
-    trained = _moved(start, client, plan) if plan.number else _still(start, client)
-    return Passed(site, broadcast, start, trained, method.client_update(broadcast, start, trained, site))
+    down = wire.pack_broadcast(broadcast, plan.template)
+    received = wire.unpack_broadcast(down, plan.template)
+    start = method.start(received, site)
+    trained = _moved(start, client, plan) if moves else _still(start, client)
+    update = method.client_update(received, start, trained, site)
+    up, unsent = wire.pack_update(update, plan.template, site.memory, plan.rng.child("wire", client.id))
+    memory = remembering(method.remember(received, start, trained, site), unsent)
+    arrived = wire.unpack_update(up, client, broadcast, plan.template)
+    return Passed(site, received, start, arrived, down, up, memory)
 
 
-def _after(method: Method, state: ServerState, plan: Round, memories: dict[int, ClientMemory]) -> ServerState:
+def _after(
+    method: Method, wire: Wire, state: ServerState, plan: Round, memories: dict[int, ClientMemory]
+) -> ServerState:
     """The state after a round of noise; what clients keep is put into ``memories``."""
     updates = []
     for client in plan.cohort:
-        passed = _passed(method, state, client, plan, memories)
-        trained = _moved(passed.start, client, plan)
-        updates.append(method.client_update(passed.broadcast, passed.start, trained, passed.site))
-        memories[client.id] = method.remember(passed.broadcast, passed.start, trained, passed.site)
+        passed = _passed(method, wire, state, client, plan, memories, moves=True)
+        updates.append(passed.update)
+        memories[client.id] = passed.memory
     return method.aggregate(state, iter(updates), plan)
 
 

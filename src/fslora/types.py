@@ -172,7 +172,7 @@ class Broadcast:
 
     @property
     def nbytes(self) -> int:
-        """Bytes down: every tensor that travels, index sets included."""
+        """Bytes of every tensor as it stands, index sets included; what travels is `fslora.wire`'s."""
         base = sum(update.adapter.nbytes for update in self.base)
         return self.adapter.nbytes + base + _nbytes(self.rows) + _nbytes(self.extras)
 
@@ -194,7 +194,7 @@ class ClientUpdate:
 
     @property
     def nbytes(self) -> int:
-        """Bytes up: every tensor that travels, index sets included."""
+        """Bytes of every tensor as it stands, index sets included; what travels is `fslora.wire`'s."""
         return self.adapter.nbytes + _nbytes(self.rows) + _nbytes(self.extras)
 
     def weight(self, weighting: Weighting) -> float:

@@ -51,6 +51,10 @@ class Method(BaseModel, ABC):
     personal: ClassVar[bool] = False
     """Whether every client ends with a model of its own, so that there is no global one."""
 
+    error_feedback: ClassVar[bool] = True
+    """Whether uploads are changes, of what has the same place in every round: then what a lossy wire left out of one
+    can be added to the next. False where trained values are sent, or changes of factors that are drawn anew."""
+
     def check(self, rank: int) -> None:
         """Raises ValueError when the method's own fields do not fit the server's rank; by default all do."""
         del rank

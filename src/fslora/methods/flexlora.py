@@ -48,6 +48,7 @@ class FlexLoRA(Method):
     differs: ClassVar[str] = "how many leading singular triples of the global update it gets"
     travels: ClassVar[str] = "both factors at the client's rank, down and up"
     streams: ClassVar[bool] = False
+    error_feedback: ClassVar[bool] = False
 
     keep: Literal["all", "server"] = Field(
         "all", description="The server keeps and serves 'all' singular values, or as many as the 'server' rank."

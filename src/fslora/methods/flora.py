@@ -50,6 +50,7 @@ class FLoRA(Method):
     differs: ClassVar[str] = "the rank of a pair that starts anew each round"
     travels: ClassVar[str] = "the last stack of all clients' pairs down, one pair up"
     streams: ClassVar[bool] = False
+    error_feedback: ClassVar[bool] = False
 
     weighting: Literal["uniform", "examples"] = Field(
         "examples", description="Clients count by their number of examples (the paper's), or equally."

@@ -54,6 +54,7 @@ class FLoRIST(Method):
     differs: ClassVar[str] = "the rank it sends; it gets the same parts as all, as far as it can hold them"
     travels: ClassVar[str] = "the thresholded pair down, or as a change of the base; one pair up"
     streams: ClassVar[bool] = False
+    error_feedback: ClassVar[bool] = False
 
     tau: float = Field(0.9, gt=0, le=1, description="Share of each layer's energy that the broadcast pair keeps.")
     next_init: Literal["warm", "merge"] = Field(

@@ -65,6 +65,7 @@ class RACLoRA(Method):
     paper: ClassVar[str] = "Randomized Asymmetric Chain of LoRA (Fed-RAC-LoRA), arXiv 2410.08305"
     differs: ClassVar[str] = "how many leading rows of a random factor, drawn anew each round, it trains against"
     travels: ClassVar[str] = "the trained factor alone, down as a change of the base, and a seed"
+    error_feedback: ClassVar[bool] = False
 
     side: Literal["A", "B"] = Field("B", description="The factor that is trained, from zero; the other one is random.")
     sketch: RandomFactor = Field(

@@ -65,6 +65,7 @@ class RaFLoRA(Method):
     differs: ClassVar[str] = "how many leading singular triples of the global update it gets"
     travels: ClassVar[str] = "both factors at the client's rank, down and up"
     streams: ClassVar[bool] = False
+    error_feedback: ClassVar[bool] = False
 
     absent: Literal["keep", "drop"] = Field(
         "keep", description="Indices that no client of the round reaches 'keep' their part of the update, or 'drop' it."
