@@ -220,7 +220,7 @@ REFUSED = {
     "unknown section, with the known ones": (
         {"x": {}},
         r"x: unknown key .*Known here: adapter, compare, data, engine, fleet, local, method, model, partition, run, "
-        r"variants\.",
+        r"variants, wire\.",
     ),
     "unknown section, with a suggestion": ({"fleets": {}}, r"fleets: unknown key .*did you mean 'fleet'\?"),
     "unknown key, with a suggestion": (

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from fslora import config, runner
 from fslora.algebra.codes import EXACT, Code
-from fslora.algebra.rows import scatter
 from fslora.config import WireConfig
 from fslora.errors import ConfigError, WireError
 from fslora.methods import METHODS, Method
@@ -575,10 +574,3 @@ def test_data_in_one_place_do_not_travel(tiny_settings, tmp_path):
     assert planned(lossy)["traffic"]["total_up"] == 0
     rows = [RunFolder.open(tmp_path / name).metrics() for name in ("exact", "lossy")]
     assert [row.get("loss") for row in rows[0]] == [row.get("loss") for row in rows[1]]
-
-
-def test_the_residual_of_a_sketch_is_scattered_to_its_rows():
-    """What a sketch holds, put where the server has it: the layout that the residual shares with `scatter`."""
-    _, x = honest(wire=Wire(up=Code("float32", 0.2)))
-    whole = scatter(x.meant.adapter, x.meant.rows, RANK)
-    assert {n: p.A.shape for n, p in whole.layers.items()} == {n: (RANK, i) for n, (i, _) in TEMPLATE.layers.items()}
