@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fslora.algebra.adapters import add, all_finite, combine, initial, rescaled, sub, zeros_like
+from fslora.algebra.adapters import add, add_into, all_finite, combine, initial, rescaled, sub, zeros_like
 from fslora.algebra.lowrank import small_svd, truncated
 from fslora.algebra.rows import ScatterMean, holders, scatter, take
 from fslora.rng import Rng
@@ -285,12 +285,15 @@ def test_scatter_mean_by_hand():
         column = torch.tensor(values).unsqueeze(1)
         return Adapter({"l": LoRA(column, 10 * column, 5.0)}, {"b": torch.tensor([bias])})
 
-    total = ScatterMean(like)
-    assert total.weight == 0
-    total.add(part([8.0, 4.0], 2.0), {"l": torch.tensor([0, 1], dtype=torch.int32)}, weight=1.0)
-    total.add(part([8.0], 6.0), {"l": torch.tensor([1], dtype=torch.int32)}, weight=3.0)
-    assert total.weight == 4
-    cohort, over_holders = total.mean("cohort"), total.mean("holders")
+    def both():
+        total = ScatterMean(like)
+        assert total.weight == 0
+        total.add(part([8.0, 4.0], 2.0), {"l": torch.tensor([0, 1], dtype=torch.int32)}, weight=1.0)
+        total.add(part([8.0], 6.0), {"l": torch.tensor([1], dtype=torch.int32)}, weight=3.0)
+        assert total.weight == 4
+        return total
+
+    cohort, over_holders = both().mean("cohort"), both().mean("holders")
     assert cohort.layers["l"].A.flatten().tolist() == [2.0, 7.0, 0.0]
     assert cohort.layers["l"].Bt.flatten().tolist() == [20.0, 70.0, 0.0]
     assert over_holders.layers["l"].A.flatten().tolist() == [8.0, 7.0, 0.0]
@@ -319,15 +322,36 @@ def test_parts_nobody_holds_stay_zero(over):
 
 
 def test_scatter_mean_leaves_what_it_was_given_alone():
-    """Neither the global adapter nor an update is written to, and a mean can be asked for twice."""
+    """Neither the global adapter nor an update is written to, also where its mean is of that update alone."""
     like, part = whole_numbers(2, Rng(1)), whole_numbers(2, Rng(2))
     total = ScatterMean(like)
-    total.add(part, None)
-    first = total.mean("cohort")
     total.add(part, None, 7.0)
-    assert_equal(first, total.mean("cohort"))
+    add_into(total.mean("cohort"), like)
     assert_equal(like, whole_numbers(2, Rng(1)))
     assert_equal(part, whole_numbers(2, Rng(2)))
+
+
+def test_a_mean_is_taken_once():
+    """The sums become the mean: afterwards nothing can be added and no mean be taken; weight and shares are known."""
+    total = streamed(2, [(whole_numbers(2, Rng(2)), None, 2.0)])
+    mean = total.mean("holders")
+    with pytest.raises(ValueError, match="taken already"):
+        total.add(whole_numbers(2, Rng(2)), None)
+    with pytest.raises(ValueError, match="taken already"):
+        total.mean("cohort")
+    assert_equal(mean, streamed(2, [(whole_numbers(2, Rng(2)), None, 2.0)]).mean("holders"))
+    assert total.weight == 2
+    assert all(torch.equal(share, torch.ones(2)) for share in total.shares().values())
+
+
+def test_adding_in_place_is_adding():
+    """add_into(delta, base) = base + delta bit for bit, in the memory of delta; base stays."""
+    base, delta = whole_numbers(3, Rng(1), scale=0.5), combine(torch.sqrt, combine(torch.abs, whole_numbers(3, Rng(2))))
+    expected, memory = add(base, delta), {name: tensor.data_ptr() for name, tensor in delta.tensors().items()}
+    found = add_into(delta, base)
+    assert_equal(found, expected)
+    assert {name: tensor.data_ptr() for name, tensor in found.tensors().items()} == memory
+    assert_equal(base, whole_numbers(3, Rng(1), scale=0.5))
 
 
 @pytest.mark.parametrize("over", ["cohort", "holders"])

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from fslora.algebra.adapters import add, zeros_like
+from fslora.algebra.adapters import add, add_into, zeros_like
 from fslora.types import Adapter, LoRA, Rows, Tensor
 
 AverageOver = Literal["cohort", "holders"]
@@ -83,13 +83,14 @@ def scatter(part: Adapter, rows: Rows, rank: int) -> Adapter:
 class ScatterMean:
     """A streaming weighted mean of adapters that hold different rank-one parts of one global adapter.
 
-    Memory is one global adapter, however many updates are added. ``mean("cohort")`` divides every part by
-    the weight of the whole cohort, so a part that few clients hold moves little; ``mean("holders")`` divides
-    it by the weight of its own holders, and leaves a part that nobody holds at zero.
+    Memory is one global adapter, however many updates are added: the sums themselves become the mean, which can
+    therefore be asked for once. ``mean("cohort")`` divides every part by the weight of the whole cohort, so a part
+    that few clients hold moves little; ``mean("holders")`` divides it by the weight of its own holders, and leaves a
+    part that nobody holds at zero.
     """
 
     def __init__(self, like: Adapter) -> None:
-        self._sum = zeros_like(like)
+        self._sum: Adapter | None = zeros_like(like)
         self._held = {name: torch.zeros(pair.rank) for name, pair in like.layers.items()}
         self._weights = dict.fromkeys(like.layers, 0.0)
         self._weight = 0.0
@@ -100,10 +101,14 @@ class ScatterMean:
         """Adds ``weight · part`` at ``rows`` (None: at the first ``part.rank``); a factor without rows adds nothing.
 
         Where ``by_layer`` names a layer, its pair has that weight instead; dense tensors keep ``weight``.
+
+        Raises:
+            ValueError: The mean was taken already.
         """
+        sums = self._sums()
         weights = {name: (by_layer or {}).get(name, weight) for name in self._weights}
         for name, pair in part.layers.items():
-            total, held, own = self._sum.layers[name], self._held[name], weights[name]
+            total, held, own = sums.layers[name], self._held[name], weights[name]
             factors = ((total.A, pair.A), (total.Bt, pair.Bt))
             if rows is None:
                 for target, source in factors:
@@ -118,7 +123,7 @@ class ScatterMean:
         for name, own in weights.items():
             self._weights[name] += own
         for name, tensor in part.dense.items():
-            self._sum.dense[name].add_(tensor, alpha=weight)
+            sums.dense[name].add_(tensor, alpha=weight)
         self._weight += weight
 
     @property
@@ -127,18 +132,27 @@ class ScatterMean:
         return self._weight
 
     def mean(self, over: AverageOver) -> Adapter:
-        """Returns the mean; dense tensors are divided by the cohort's weight either way.
+        """Returns the mean and ends the sum; dense tensors are divided by the cohort's weight either way.
 
         Raises:
-            ValueError: Nothing was added.
+            ValueError: Nothing was added, or the mean was taken already.
         """
+        mean = self._sums()
         if not self._weight:
             raise ValueError("the mean of no updates does not exist")
-        layers = {}
-        for name, pair in self._sum.layers.items():
+        for name, pair in mean.layers.items():
             divisor = self._divisor(name, over)
-            layers[name] = LoRA(pair.A / divisor, pair.Bt / divisor, pair.scale)
-        return Adapter(layers, {name: tensor / self._weight for name, tensor in self._sum.dense.items()})
+            pair.A.div_(divisor)
+            pair.Bt.div_(divisor)
+        for tensor in mean.dense.values():
+            tensor.div_(self._weight)
+        self._sum = None
+        return mean
+
+    def _sums(self) -> Adapter:
+        if self._sum is None:
+            raise ValueError("the mean was taken already: the sums have become it")
+        return self._sum
 
     def shares(self) -> dict[str, Tensor]:
         """Returns by layer the share q_j of the cohort's weight that holds part j, [r]: 0 where nobody does."""
@@ -158,17 +172,17 @@ def zero_padded(old: Adapter, deltas: ScatterMean, what: Padded) -> Adapter:
         "factor":  q_j old_j + Σ_i p_i Δ_ij  =  Σ_i p_i (old_j + Δ_ij),   q_j = Σ_i p_i over the holders
 
     A part that nobody holds keeps its value either way: zero in both factors, it could never be trained again.
-    Dense tensors take the mean change.
+    Dense tensors take the mean change. The result is in memory of its own: that of the sums.
     """
     mean = deltas.mean("cohort")
     if what == "delta":
-        return add(old, mean)
+        return add_into(mean, old)
     kept = {name: torch.where(q > 0, q, 1.0).unsqueeze(1) for name, q in deltas.shares().items()}
-    layers = {
-        name: LoRA(pair.A * kept[name] + mean.layers[name].A, pair.Bt * kept[name] + mean.layers[name].Bt, pair.scale)
-        for name, pair in old.layers.items()
-    }
-    return Adapter(layers, {name: tensor + mean.dense[name] for name, tensor in old.dense.items()})
+    layers = {}
+    for name, pair in old.layers.items():
+        sums = mean.layers[name]
+        layers[name] = LoRA(sums.A.add_(pair.A * kept[name]), sums.Bt.add_(pair.Bt * kept[name]), pair.scale)
+    return Adapter(layers, {name: mean.dense[name].add_(tensor) for name, tensor in old.dense.items()})
 
 
 def holders(rows: Rows, rank: int) -> Tensor:

@@ -29,7 +29,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from fslora.algebra.adapters import add
+from fslora.algebra.adapters import add_into
 from fslora.algebra.rows import ScatterMean, others, take
 from fslora.algebra.sketch import draw_rows
 from fslora.methods.base import Method
@@ -67,4 +67,4 @@ class FedPLoRA(Method):
         total = ScatterMean(state.adapter)
         for update in updates:
             total.add(update.adapter, update.rows, update.weight(self.weighting))
-        return replace(state, adapter=add(state.adapter, total.mean("holders")))
+        return replace(state, adapter=add_into(total.mean("holders"), state.adapter))

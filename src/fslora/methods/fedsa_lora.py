@@ -33,7 +33,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from fslora.algebra.adapters import add, completed
+from fslora.algebra.adapters import add_into, completed
 from fslora.algebra.rows import ScatterMean, leading
 from fslora.methods.base import Method
 from fslora.types import (
@@ -88,7 +88,7 @@ class FedSALoRA(Method):
         total = ScatterMean(state.adapter)
         for update in updates:
             total.add(update.adapter, None, update.weight(self.weighting))
-        return replace(state, adapter=add(state.adapter, total.mean("holders")))
+        return replace(state, adapter=add_into(total.mean("holders"), state.adapter))
 
     def client_adapter(self, state: ServerState, site: Site) -> Adapter:
         """Returns the client's own B and head with the newest A."""

@@ -32,7 +32,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from fslora.algebra.adapters import add, completed
+from fslora.algebra.adapters import add_into, completed
 from fslora.algebra.rows import AverageOver, ScatterMean, leading, take
 from fslora.algebra.sketch import draw_rows
 from fslora.methods.base import Method, initial_adapter
@@ -79,7 +79,7 @@ class FFALoRA(Method):
         total = ScatterMean(state.adapter)
         for update in updates:
             total.add(update.adapter, update.rows, update.weight(self.weighting))
-        return replace(state, adapter=add(state.adapter, total.mean(self.average)))
+        return replace(state, adapter=add_into(total.mean(self.average), state.adapter))
 
     def _rows(self, client: Client, round: Round) -> Rows | None:
         if self.subset == "leading":

@@ -37,7 +37,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from fslora.algebra.adapters import add, combine
+from fslora.algebra.adapters import add_into, combine
 from fslora.algebra.rows import ScatterMean, others, take
 from fslora.methods.base import Method
 from fslora.rng import Rng
@@ -110,7 +110,7 @@ class HAFLLoRA(Method):
             scores.add(columns(update.extras), update.rows, weight)
         old, new = state.slots.get("importance", blank), scores.mean("holders")
         importance = combine(self._smoothed, old, new, columns(scores.shares()))
-        adapter = add(state.adapter, total.mean("holders"))
+        adapter = add_into(total.mean("holders"), state.adapter)
         return replace(state, adapter=adapter, slots={**state.slots, "importance": importance})
 
     def _smoothed(self, old: Tensor, new: Tensor, share: Tensor) -> Tensor:

@@ -41,9 +41,8 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from fslora.algebra.adapters import add
 from fslora.algebra.lowrank import product_norm
-from fslora.algebra.rows import Padded, ScatterMean, leading, padded, zero_padded
+from fslora.algebra.rows import Padded, ScatterMean, leading, zero_padded
 from fslora.methods.base import Method
 from fslora.rng import Rng
 from fslora.types import (
@@ -51,6 +50,7 @@ from fslora.types import (
     Broadcast,
     Client,
     ClientUpdate,
+    LoRA,
     Round,
     ServerState,
     Site,
@@ -121,14 +121,20 @@ class HetLoRA(Method):
                 ranks[_key(update.client)] = float(update.extras["rank"].item())
         adapter = zero_padded(state.adapter, total, self.average)
         if self.prune:
-            adapter = padded(leading(adapter, int(max(ranks.values()))), adapter.rank)
+            largest = int(max(ranks.values()))
+            for pair in adapter.layers.values():  # the sums' memory: the old state keeps its own
+                pair.A[largest:].zero_()
+                pair.Bt[largest:].zero_()
         return replace(state, adapter=adapter, scalars=ranks)
 
     def _norms(self, state: ServerState, update: ClientUpdate) -> dict[str, float] | None:
         if self.weighting != "frobenius":
             return None
-        trained = add(leading(state.adapter, update.adapter.rank), update.adapter)
-        norms = {name: product_norm(pair) for name, pair in trained.layers.items()}
+        norms = {}
+        for name, delta in update.adapter.layers.items():
+            sent = state.adapter.layers[name]
+            A, Bt = sent.A[: delta.rank] + delta.A, sent.Bt[: delta.rank] + delta.Bt
+            norms[name] = product_norm(LoRA(A, Bt, sent.scale))
         if self.norm == "adapter":
             norms = dict.fromkeys(norms, sum(norm**2 for norm in norms.values()) ** 0.5)
         return {name: max(norm, LEAST) for name, norm in norms.items()}

@@ -37,7 +37,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from fslora.algebra.adapters import add
+from fslora.algebra.adapters import add_into
 from fslora.algebra.rows import ScatterMean, leading
 from fslora.methods.base import Method
 from fslora.types import Broadcast, Client, ClientUpdate, Round, ServerState, Site, Start, Trained
@@ -82,7 +82,7 @@ class Replication(Method):
             total.add(update.adapter, None, update.weight(self.weighting))
             if self.best and _won(update.client) not in state.scalars:
                 scores[update.client] = float(update.extras["score"].item())
-        adapter = add(state.adapter, total.mean("holders"))
+        adapter = add_into(total.mean("holders"), state.adapter)
         return replace(state, adapter=adapter, scalars={**state.scalars, **self._judged(state, scores)})
 
     def _judged(self, state: ServerState, scores: dict[int, float]) -> dict[str, float]:

@@ -34,7 +34,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from fslora.algebra.adapters import add, combine, completed
+from fslora.algebra.adapters import add_into, combine, completed
 from fslora.algebra.rows import AverageOver, ScatterMean, leading
 from fslora.methods.base import Method
 from fslora.types import (
@@ -94,7 +94,7 @@ class RoLoRA(Method):
         for update in updates:
             total.add(update.adapter, None, update.weight(self.weighting))
             answered[_answered(update.client)] = rounds
-        adapter = add(state.adapter, total.mean(self.average))
+        adapter = add_into(total.mean(self.average), state.adapter)
         return replace(state, adapter=adapter, scalars={**state.scalars, **answered, "rounds": rounds})
 
 

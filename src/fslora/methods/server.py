@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from fslora.algebra.adapters import add, combine, zeros_like
+from fslora.algebra.adapters import add_into, combine, zeros_like
 from fslora.types import Adapter, ServerState, Tensor
 
 
@@ -32,7 +32,11 @@ class ServerOptimizer(BaseModel):
 
 
 def server_step(state: ServerState, delta: Adapter, server: ServerOptimizer) -> ServerState:
-    """Returns the state after one server step along ``delta`` (the cohort's mean, shaped like the adapter)."""
+    """Returns the state after one server step along ``delta`` (the cohort's mean, shaped like the adapter).
+
+    What is new in the state takes the memory of ``delta``, which is not to be used again: with the plain step a server
+    then holds two adapters, the old one and the sum that becomes the new one.
+    """
     if server.optimizer == "sgd":
         return _sgd(state, delta, server)
     return _adam(state, delta, server)
@@ -41,19 +45,19 @@ def server_step(state: ServerState, delta: Adapter, server: ServerOptimizer) -> 
 def _sgd(state: ServerState, delta: Adapter, server: ServerOptimizer) -> ServerState:
     if server.momentum:
         velocity = state.slots.get("momentum") or zeros_like(delta)
-        delta = combine(lambda v, d: server.momentum * v + d, velocity, delta)
-        state = replace(state, slots={**state.slots, "momentum": delta})
-    if server.lr == 1.0:
-        return replace(state, adapter=add(state.adapter, delta))
-    return replace(state, adapter=combine(lambda x, d: x + server.lr * d, state.adapter, delta))
+        velocity = combine(lambda v, d: d.add_(server.momentum * v), velocity, delta)
+        adapter = combine(lambda x, v: x + server.lr * v, state.adapter, velocity)
+        return replace(state, adapter=adapter, slots={**state.slots, "momentum": velocity})
+    step = delta if server.lr == 1.0 else combine(lambda d: d.mul_(server.lr), delta)
+    return replace(state, adapter=add_into(step, state.adapter))
 
 
 def _adam(state: ServerState, delta: Adapter, server: ServerOptimizer) -> ServerState:
     step = state.scalars.get("server_steps", 0.0) + 1
     first = state.slots.get("first_moment") or zeros_like(delta)
     second = state.slots.get("second_moment") or zeros_like(delta)
-    first = combine(lambda m, d: server.beta1 * m + (1 - server.beta1) * d, first, delta)
     second = combine(lambda v, d: server.beta2 * v + (1 - server.beta2) * d * d, second, delta)
+    first = combine(lambda m, d: d.mul_(1 - server.beta1).add_(server.beta1 * m), first, delta)  # ends the delta
     decay = 1 - server.lr * server.weight_decay if server.optimizer == "adamw" else 1.0
 
     def update(x: Tensor, m: Tensor, v: Tensor) -> Tensor:
