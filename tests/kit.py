@@ -8,11 +8,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
+from fslora.clientstore import ClientStore
 from fslora.methods import Method
 from fslora.rng import Rng
 from fslora.runfolder import flatten, unflatten
@@ -173,9 +176,14 @@ def mean_product(updates: Mapping[str, list[LoRA]], weights: list[float]) -> dic
 
 
 def through_disk(world: World) -> World:
-    """The world after flatten, safetensors and JSON text, and back."""
-    tensors, description = flatten(world.state, world.memories)
-    return World(*unflatten(load_tensors(save_tensors(tensors)), json.loads(json.dumps(description))))
+    """The world after flatten, safetensors and JSON text, and back; memories through the files of clients."""
+    tensors, description = flatten(world.state)
+    state = unflatten(load_tensors(save_tensors(tensors)), json.loads(json.dumps(description)))
+    with TemporaryDirectory() as folder:
+        store = ClientStore(Path(folder), 0)
+        for client, memory in world.memories.items():
+            store.put(client, memory, 1)
+        return World(state, dict(ClientStore(Path(folder), 1)))
 
 
 def parts_of(world: World) -> dict[str, torch.Tensor]:

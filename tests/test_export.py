@@ -659,7 +659,9 @@ def test_tensors_that_share_memory_can_be_saved(tmp_path):
     """A slot that is the adapter itself, and views of one tensor: they come back with equal values."""
     whole = torch.arange(24.0).reshape(4, 6)
     adapter = Adapter({"l": LoRA(whole[:2], whole[2:], 1.0), "m": LoRA(whole[1:3], whole[:2], 1.0)})
-    RunFolder(tmp_path).save_checkpoint(1, ServerState(adapter, {"same": adapter}), {3: ClientMemory({"own": adapter})})
-    _, state, memories = RunFolder(tmp_path).load_checkpoint()
-    for again in (state.adapter, state.slots["same"], memories[3].slots["own"]):
+    folder = RunFolder(tmp_path)
+    folder.clients(0).put(3, ClientMemory({"own": adapter, "same": adapter}), 1)
+    folder.save_checkpoint(1, ServerState(adapter, {"same": adapter}))
+    _, state, memories = folder.load_checkpoint()
+    for again in (state.adapter, state.slots["same"], memories[3].slots["own"], memories[3].slots["same"]):
         assert_same(again, adapter)

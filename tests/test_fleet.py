@@ -63,6 +63,19 @@ def test_largest_drawn_rank_is_the_servers_by_default():
     assert max(ranks(FleetConfig(clients=500, distribution="uniform"), rank=16)) == 16
 
 
+def test_a_fleet_is_the_list_of_its_clients():
+    """By position, by slice and in turn: the same clients, in plain numbers that JSON can hold."""
+    fleet = build_fleet(FleetConfig(clients=5, distribution="uniform"), 16, [3, 1, 4, 1, 5], Rng(0))
+    clients = list(fleet)
+    assert [fleet[i] for i in range(5)] == clients
+    assert fleet[-1] == clients[-1]
+    assert fleet[1:4] == tuple(clients[1:4])
+    assert [(client.id, client.examples) for client in fleet] == list(enumerate([3, 1, 4, 1, 5]))
+    assert {type(number) for client in fleet for number in (client.id, client.rank, client.examples)} == {int}
+    with pytest.raises(IndexError):
+        fleet[5]
+
+
 def test_sizes_must_fit_the_fleet():
     with pytest.raises(ValueError, match="2 sizes for 20 clients"):
         build_fleet(FleetConfig(), 8, [1, 2], Rng(0))
@@ -81,6 +94,6 @@ def test_cohorts_hold_different_clients_by_id(cohort, seed):
 
 def test_cohort_of_all_is_everybody_and_small_cohorts_reach_everybody():
     fleet = build_fleet(FleetConfig(), 64, [10] * 20, Rng(0))
-    assert sample_cohort(fleet, "all", Rng(0)) == fleet
+    assert sample_cohort(fleet, "all", Rng(0)) == tuple(fleet)
     met = {client.id for round in range(60) for client in sample_cohort(fleet, 3, Rng(0).child(round))}
     assert met == set(range(20))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+from time import process_time
+
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fslora.config import PartitionConfig
-from fslora.data.partition import Partition, partition, stratified_shares
+from fslora.data.partition import Partition, Shares, partition, stratified_shares
 from fslora.data.types import Examples
 from fslora.errors import DataError
 from fslora.rng import Rng
@@ -157,3 +160,105 @@ def test_stratified_shares_are_disjoint_proportional_and_leave_every_class(label
         assert len(part) == min(round(share * len(labels)), free)
         free -= len(part)
         assert np.abs(np.bincount(labels[part], minlength=6) - share * counts).max() <= 3
+
+
+# --- the same partition, dealt out client by client ---
+
+
+def dealt_iid(config, data, clients, rng):
+    return np.array_split(rng.numpy().permutation(len(data)), clients)
+
+
+def dealt_dirichlet(config, data, clients, rng):
+    stream = rng.numpy()
+    parts = [[] for _ in range(clients)]
+    for label in np.unique(data.labels):
+        members = stream.permutation(np.flatnonzero(data.labels == label))
+        proportions = stream.dirichlet(np.full(clients, config.alpha))
+        cuts = np.floor(np.cumsum(proportions)[:-1] * len(members)).astype(np.int64)
+        for part, dealt in zip(parts, np.split(members, cuts), strict=True):
+            part.extend(dealt.tolist())
+    for part in parts:
+        while len(part) < config.min_examples:
+            donor = max(parts, key=len)
+            part.append(donor.pop(int(stream.integers(len(donor)))))
+    return parts
+
+
+def dealt_natural(config, data, clients, rng):
+    names = sorted(set(data.groups))
+    parts = [[] for _ in range(clients)]
+    for place in rng.numpy().permutation(len(names)):
+        smallest = min(parts, key=len)
+        smallest.extend(np.flatnonzero(np.array(data.groups) == names[place]).tolist())
+    return parts
+
+
+DEALT = {"iid": dealt_iid, "dirichlet": dealt_dirichlet, "natural": dealt_natural}
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from(list(DEALT)),
+    st.integers(1, 25),
+    st.integers(1, 8),
+    st.sampled_from([0.0, 0.1, 0.3]),
+    st.sampled_from([0.01, 0.5, 100.0]),
+    st.integers(0, 99),
+)
+def test_it_is_the_partition_that_dealing_to_one_client_after_the_other_gives(
+    kind, clients, min_examples, holdout, alpha, seed
+):
+    """Bit for bit, digest and notes included: seeds keep the partitions that published comparisons were paired on."""
+    data = examples(300, seed=seed)
+    assume(kind != "natural" or len(set(data.groups)) >= clients)
+    config = PartitionConfig(kind=kind, min_examples=min_examples, holdout=holdout, alpha=alpha)
+    parts = [np.sort(part) for part in DEALT[kind](config, data, clients, Rng(seed).child(kind))]
+    assume(min(map(len, parts)) >= min_examples)
+    train, held, digest = [], [], hashlib.sha256()
+    for client, part in enumerate(parts):
+        count = min(int(holdout * len(part)), len(part) - min_examples)
+        out = np.sort(Rng(seed).child("holdout", client).numpy().choice(part, size=count, replace=False))
+        train.append(np.setdiff1d(part, out))
+        held.append(out)
+    for index in (*train, *held):
+        digest.update(len(index).to_bytes(8, "little") + index.astype("<i8").tobytes())
+    found = partition(config, data, clients, Rng(seed))
+    assert [index.tolist() for index in found.train] == [index.tolist() for index in train]
+    assert [index.tolist() for index in found.holdout] == [index.tolist() for index in held]
+    assert found.digest == digest.hexdigest()
+    sizes, classes = [len(index) for index in train], [len(set(data.labels[index].tolist())) for index in train]
+    assert (found.notes["smallest client"], found.notes["largest client"]) == (min(sizes), max(sizes))
+    assert found.notes["clients with one class"] == classes.count(1)
+    assert found.notes.get("clients without a held-out example", None) == (
+        sum(len(index) == 0 for index in held) if holdout else None
+    )
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=12))
+def test_shares_are_views_of_one_array(sizes):
+    """As a sequence they are the cut list; their class counts are those of each part."""
+    flat = np.random.default_rng(0).permutation(sum(sizes))
+    shares, parts = Shares.of(flat, np.array(sizes)), np.split(flat, np.cumsum(sizes)[:-1])
+    assert [part.tolist() for part in shares] == [part.tolist() for part in parts]
+    assert all(np.shares_memory(shares[c], flat) for c, size in enumerate(sizes) if size)
+    assert [part.tolist() for part in shares[1:3]] == [part.tolist() for part in parts[1:3]]
+    assert shares[-1].tolist() == parts[-1].tolist()
+    assert shares.sizes.tolist() == sizes
+    with pytest.raises(IndexError):
+        shares[len(sizes)]
+    labels = np.arange(sum(sizes)) % 3
+    assert shares.counts(labels, 3).tolist() == [np.bincount(labels[part], minlength=3).tolist() for part in parts]
+
+
+def test_a_hundred_thousand_clients_take_seconds():
+    """Of processor time, held-out draws of every client included; no list per client is kept."""
+    draw = np.random.default_rng(0)
+    count, clients = 1_200_000, 100_000
+    data = Examples(("",) * count, draw.integers(0, 10, count))
+    began = process_time()
+    result = split("dirichlet", data, clients, alpha=0.5, min_examples=2, holdout=0.1)
+    assert process_time() - began < 60
+    assert len(result.train) == len(result.holdout) == clients
+    assert result.train.sizes.min() >= 2
+    assert np.array_equal(np.sort(np.concatenate([result.train.flat, result.holdout.flat])), np.arange(count))

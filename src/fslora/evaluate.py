@@ -28,8 +28,8 @@ def predict_dealt(base: Base, adapters: Sequence[Adapter], data: Encoded) -> Pre
     """
     if len(adapters) == 1:
         return predict(base, adapters[0], data)
-    shares = [np.arange(position, len(data), len(adapters)) for position in range(len(adapters))]
-    pairs = [(adapter, index) for adapter, index in zip(adapters, shares, strict=True) if len(index)]
-    dealt = joined([predict(base, adapter, data.take(index)) for adapter, index in pairs])
-    order = np.argsort(np.concatenate([index for _, index in pairs]))
+    speakers = range(min(len(adapters), len(data)))  # of many clients only the first ones have a share
+    shares = [np.arange(position, len(data), len(adapters)) for position in speakers]
+    dealt = joined([predict(base, adapters[i], data.take(index)) for i, index in enumerate(shares)])
+    order = np.argsort(np.concatenate(shares))
     return Predictions({name: column[order] for name, column in dealt.columns.items()}, dealt.score)

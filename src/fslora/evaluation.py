@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from fslora.report.tables import label_rows
 from fslora.report.text import NONE
 from fslora.runfolder import RunFolder
 from fslora.runner import Stage, Untrained, by_label, client_scores, read_adapters, scored, write_adapter
-from fslora.types import Adapter, ClientMemory, ServerState, Site
+from fslora.simulate import served
+from fslora.types import Adapter
 
 
 def evaluate_run(path: Path, stage: Stage) -> dict[str, Any]:
@@ -94,7 +95,11 @@ def export_run(
     if newest is None and not folder.finished:
         raise ArtifactError(f"{path} holds no checkpoint yet; `fslora resume {path}` goes on with it")
     federation = _federation(path, stage)
-    rounds, adapters = _served(federation, *newest) if newest else (folder.rounds_done, read_adapters(path / "adapter"))
+    if newest:
+        rounds, state, memories = newest
+        adapters = served(federation, state, memories)
+    else:
+        rounds, adapters = folder.rounds_done, read_adapters(path / "adapter")
     adapter = chosen(adapters, client, federation.experiment.method.name)
     full = adapter.rank
     if rank is not None and rank > full:
@@ -114,17 +119,7 @@ def export_run(
     return {"folder": str(to), "rank": rank or full, "energy": kept, "rounds": rounds, "summary": summary}
 
 
-def _served(
-    federation: Federation, rounds: int, state: ServerState, memories: Mapping[int, ClientMemory]
-) -> tuple[int, list[Adapter]]:
-    method, template = federation.experiment.method, federation.template
-    if not method.personal:
-        return rounds, [method.global_adapter(state)]
-    sites = [Site(client, template, memories.get(client.id, ClientMemory())) for client in federation.trainers]
-    return rounds, [method.client_adapter(state, site) for site in sites]
-
-
-def chosen(adapters: list[Adapter], client: int | None, method: str) -> Adapter:
+def chosen(adapters: Sequence[Adapter], client: int | None, method: str) -> Adapter:
     """Returns the one adapter that all share, or one client's own.
 
     Raises:

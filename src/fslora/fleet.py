@@ -1,9 +1,14 @@
-"""The fleet: what each client can afford, and who takes part in a round."""
+"""The fleet: what each client can afford, and who takes part in a round.
+
+Of a hundred thousand registered clients a round meets a few: what is known of them lies in arrays, and a `Client` is
+made when somebody asks for it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +23,39 @@ HEAVY_TAIL_SIGMA = 0.97
 """heavy-tail-low: standard deviation of the logarithm; on [1, 32] the mean of the final ranks is 8.5."""
 
 Floats = NDArray[np.float64]
+Whole = NDArray[np.int64]
 
 
-def build_fleet(config: FleetConfig, rank: int, sizes: Sequence[int], rng: Rng) -> tuple[Client, ...]:
+@dataclass(frozen=True, eq=False)
+class Fleet(Sequence[Client]):
+    """The clients, by id."""
+
+    ranks: Whole
+    """[clients]: the largest rank that each can hold and train."""
+    examples: Whole
+    """[clients]: the number of training examples that each holds."""
+
+    def __len__(self) -> int:
+        """Returns the number of clients."""
+        return len(self.ranks)
+
+    @overload
+    def __getitem__(self, client: int) -> Client: ...
+    @overload
+    def __getitem__(self, client: slice) -> Sequence[Client]: ...
+    def __getitem__(self, client: int | slice) -> Client | Sequence[Client]:
+        """Returns one client, or several as a tuple."""
+        if isinstance(client, slice):
+            return tuple(self[i] for i in range(*client.indices(len(self))))
+        place = range(len(self))[client]
+        return Client(place, int(self.ranks[place]), int(self.examples[place]))
+
+    def __iter__(self) -> Iterator[Client]:
+        """Yields the clients by id; faster than asking for one after the other."""
+        return map(Client, range(len(self)), self.ranks.tolist(), self.examples.tolist())
+
+
+def build_fleet(config: FleetConfig, rank: int, sizes: Sequence[int] | Whole, rng: Rng) -> Fleet:
     """Returns the clients, by id.
 
     Ratios are given to equal shares of the clients, in drawn order, as rank ``max(1, round(ratio * rank))``.
@@ -34,15 +69,15 @@ def build_fleet(config: FleetConfig, rank: int, sizes: Sequence[int], rng: Rng) 
     if len(sizes) != config.clients:
         raise ValueError(f"{len(sizes)} sizes for {config.clients} clients")
     if config.ranks is not None:
-        ranks: Sequence[int] = config.ranks
+        ranks = np.array(config.ranks)
     elif config.ratios is not None:
-        dealt = [max(1, round(ratio * rank)) for ratio in config.ratios]
+        dealt = np.array([max(1, round(ratio * rank)) for ratio in config.ratios])
         turns = rng.child("ratios").numpy().permutation(config.clients)
-        ranks = [dealt[turn % len(dealt)] for turn in turns]
+        ranks = dealt[turns % len(dealt)]
     else:
         low, high = config.min_rank, rank if config.max_rank is None else config.max_rank
         ranks = _drawn(config, low, high, rng.child("ranks").numpy())
-    return tuple(Client(i, int(k), int(size)) for i, (k, size) in enumerate(zip(ranks, sizes, strict=True)))
+    return Fleet(ranks, np.array(sizes, dtype=np.int64))
 
 
 def sample_cohort(fleet: Sequence[Client], cohort: int | Literal["all"], rng: Rng) -> tuple[Client, ...]:
@@ -53,10 +88,10 @@ def sample_cohort(fleet: Sequence[Client], cohort: int | Literal["all"], rng: Rn
     return tuple(fleet[i] for i in sorted(chosen.tolist()))
 
 
-def _drawn(config: FleetConfig, low: int, high: int, stream: np.random.Generator) -> list[int]:
+def _drawn(config: FleetConfig, low: int, high: int, stream: np.random.Generator) -> Whole:
     assert config.distribution is not None
     places = DISTRIBUTIONS[config.distribution](stream, config.clients, high - low)
-    return [int(rank) for rank in np.clip(np.rint(low + places), low, high)]
+    return np.clip(np.rint(low + places), low, high).astype(np.int64)
 
 
 def _uniform(stream: np.random.Generator, count: int, span: int) -> Floats:

@@ -277,7 +277,7 @@ def _evaluation_operations(planned: Planned) -> float:
     """Forward passes: validation as often as configured, test and held-out examples before and after."""
     federation, run, base = planned.federation, planned.experiment.run, planned.base
     scored = 1 + -(-run.rounds // run.eval_every)
-    held = np.concatenate(federation.sites.partition.holdout)
+    held = federation.sites.partition.holdout.flat
     own = int(federation.train.lengths[held].sum()) if len(held) else 0
     tested = sum(int(split.lengths.sum()) if len(split) else 0 for split in (federation.test,)) + own
     validated = int(federation.validation.lengths.sum()) if len(federation.validation) else 0
@@ -349,8 +349,7 @@ def _server_bytes(planned: Planned) -> int:
     held = chunk * (largest.down + largest.start.adapter.nbytes + largest.up)
     if not experiment.method.streams:
         held += (cohort - chunk) * largest.up
-    kept = len(planned.federation.trainers) * largest.kept
-    return 3 * rehearsal.state + held + kept
+    return 3 * rehearsal.state + held
 
 
 def _loading_bytes(planned: Planned, weights: int) -> int:

@@ -10,14 +10,14 @@ import numpy as np
 from fslora.config import Experiment
 from fslora.data import Dataset, load_dataset
 from fslora.data.batches import Encoded
-from fslora.data.partition import Partition, partition
-from fslora.fleet import build_fleet
+from fslora.data.partition import Partition, Shares, partition
+from fslora.fleet import Fleet, build_fleet
 from fslora.metrics import Metric
 from fslora.models.base import Base
 from fslora.models.load import load_base
 from fslora.objectives import Objective, metric_of, objective_of
 from fslora.rng import Rng
-from fslora.types import Client, Template
+from fslora.types import Template
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,15 @@ class Sites:
     kind: str
     """How the data were partitioned."""
     partition: Partition
-    fleet: tuple[Client, ...]
+    fleet: Fleet
     objective: Objective
     metric: Metric
     """What runs are judged by."""
 
     def describe(self, truncated: int | None = None, shortened: int | None = None) -> dict[str, Any]:
         """Returns what data.json holds: statistics, partition and fleet, never a text."""
-        labels, classes = self.dataset.train.labels, len(self.dataset.label_names)
-        counts = [np.bincount(labels[index], minlength=classes).tolist() for index in self.partition.train]
+        labels = self.dataset.train.labels
+        classes = max(len(self.dataset.label_names), int(labels.max(initial=0)) + 1)
         splits = {"train": self.dataset.train, "validation": self.dataset.validation, "test": self.dataset.test}
         return {
             "name": self.dataset.name,
@@ -50,8 +50,8 @@ class Sites:
                 "kind": self.kind,
                 "digest": self.partition.digest,
                 "notes": dict(self.partition.notes),
-                "label_counts": counts,
-                "holdout": [len(index) for index in self.partition.holdout],
+                "label_counts": self.partition.train.counts(labels, classes).tolist(),
+                "holdout": self.partition.holdout.sizes.tolist(),
             },
             "fleet": [{"id": c.id, "rank": c.rank, "examples": c.examples} for c in self.fleet],
         }
@@ -69,17 +69,17 @@ class Federation:
     test: Encoded
 
     @property
-    def trainers(self) -> tuple[Client, ...]:
+    def trainers(self) -> Fleet:
         """Who trains: the fleet, or one client with everybody's data (``fleet.pooled``)."""
         if not self.experiment.fleet.pooled:
             return self.sites.fleet
-        return (Client(0, self.experiment.adapter.rank, sum(client.examples for client in self.sites.fleet)),)
+        return Fleet(np.array([self.experiment.adapter.rank]), self.sites.fleet.examples.sum(keepdims=True))
 
     @property
-    def shares(self) -> tuple[np.ndarray, ...]:
+    def shares(self) -> Shares:
         """The training examples of each trainer, as indices into ``train``."""
         shares = self.sites.partition.train
-        return (np.concatenate(shares),) if self.experiment.fleet.pooled else tuple(shares)
+        return Shares.of(shares.flat, np.array([len(shares.flat)])) if self.experiment.fleet.pooled else shares
 
     @property
     def batch_size(self) -> int:
@@ -117,8 +117,7 @@ def prepare_sites(experiment: Experiment) -> Sites:
     rng = Rng(experiment.run.seed)
     dataset = load_dataset(experiment.data, rng.child("data"))
     parts = partition(experiment.partition, dataset.train, experiment.fleet.clients, rng.child("partition"))
-    sizes = [len(index) for index in parts.train]
-    fleet = build_fleet(experiment.fleet, experiment.adapter.rank, sizes, rng.child("fleet"))
+    fleet = build_fleet(experiment.fleet, experiment.adapter.rank, parts.train.sizes, rng.child("fleet"))
     objective = objective_of(dataset, experiment.data)
     metric = metric_of(objective, experiment.data)
     return Sites(dataset, experiment.partition.kind, parts, fleet, objective, metric)

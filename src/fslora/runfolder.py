@@ -1,7 +1,8 @@
 """The run folder: everything a run leaves behind, written so that a crash never damages what is there.
 
 experiment.toml  environment.json  data.json  baseline.json  metrics.jsonl  summary.json
-checkpoints/round-000012/{state.safetensors, state.json}   adapter/   report.html   variants/NAME/...
+checkpoints/round-000012/{state.safetensors, state.json}   checkpoints/clients/... (`fslora.clientstore`)
+adapter/   report.html   variants/NAME/...
 """
 
 from __future__ import annotations
@@ -19,10 +20,16 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from fslora.clientstore import ClientStore
 from fslora.errors import ArtifactError
-from fslora.types import Adapter, ClientMemory, LoRA, ServerState, Tensor
+from fslora.packing import pack, unpack
+from fslora.types import ServerState, Tensor
 
-FORMAT = 2
+FORMAT, BEFORE = 3, 2
+"""Of checkpoints. Format 2 had the clients' memories in the state; without any, it is read as well."""
+SLOT = "slot."
+MOST_INDENTED = 2**20
+"""Characters of JSON up to which a file is indented."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +82,10 @@ class RunFolder:
             raise ArtifactError(f"{target} cannot be written: {error}. What was written before is intact") from None
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        """Replaces a JSON file as a whole."""
-        self.write_text(name, json.dumps(value, indent=2) + "\n")
+        """Replaces a JSON file as a whole; one that is too large to be read by eye is one line."""
+        text = json.dumps(value)
+        # Indented, it would be some three times as long and go through Python's slow encoder.
+        self.write_text(name, (text if len(text) > MOST_INDENTED else json.dumps(value, indent=2)) + "\n")
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """Returns a JSON file's content, or None when it is not there."""
@@ -112,19 +121,25 @@ class RunFolder:
         return [row for row in rows if up_to is None or row["round"] <= up_to]
 
     def rewind(self, round_number: int) -> list[dict[str, Any]]:
-        """Drops the rows after a round, and returns those that stay."""
+        """Drops the rows, and what clients kept, after a round; returns the rows that stay."""
+        self.clients(round_number).rewind()
         rows = self.metrics(round_number)
         self.write_text("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         return rows
 
-    def save_checkpoint(
-        self, round_number: int, state: ServerState, memories: Mapping[int, ClientMemory] | None = None
-    ) -> None:
-        """Writes all that lives after ``round_number`` rounds, then removes older checkpoints."""
+    def clients(self, rounds: int) -> ClientStore:
+        """Returns what clients kept after so many rounds."""
+        return ClientStore(self.path / "checkpoints" / "clients", rounds)
+
+    def save_checkpoint(self, round_number: int, state: ServerState) -> None:
+        """Writes the server's state after ``round_number`` rounds, then removes older checkpoints.
+
+        What clients keep is there already (`clients`).
+        """
         folder = self.path / "checkpoints"
         final = folder / f"round-{round_number:06d}"
         partial = folder / f".partial-{round_number:06d}"
-        tensors, description = flatten(state, memories or {})
+        tensors, description = flatten(state)
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -161,19 +176,18 @@ class RunFolder:
         """Removes all checkpoints: of a finished run that nobody will continue."""
         shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
 
-    def load_checkpoint(self) -> tuple[int, ServerState, dict[int, ClientMemory]] | None:
+    def load_checkpoint(self) -> tuple[int, ServerState, ClientStore] | None:
         """Returns (rounds done, state, what clients keep) of the newest checkpoint, or None when there is none."""
         found = self._checkpoints()
         if not found:
             return None
         try:
             description = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
-            if description["format"] != FORMAT:
-                raise ArtifactError(
-                    f"{found[-1]} has format {description['format']}; this fslora reads format {FORMAT}"
-                )
-            tensors = load_file(found[-1] / "state.safetensors")
-            return int(description["round"]), *unflatten(tensors, description)
+            rounds, written = int(description["round"]), description["format"]
+            if written != FORMAT and (written != BEFORE or description["memories"]):
+                raise ArtifactError(f"{found[-1]} has format {written}; this fslora reads format {FORMAT}")
+            state = unflatten(load_file(found[-1] / "state.safetensors"), description)
+            return rounds, state, self.clients(rounds)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, ArtifactError):
                 raise
@@ -183,49 +197,15 @@ class RunFolder:
         return sorted((self.path / "checkpoints").glob("round-*"))
 
 
-def flatten(state: ServerState, memories: Mapping[int, ClientMemory]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Returns state and memories as (named tensors, JSON description); ``unflatten`` is its inverse."""
-    parts = {"adapter": state.adapter, **{f"slot.{name}": slot for name, slot in state.slots.items()}}
-    for client, memory in memories.items():
-        parts.update({f"client.{client}.{name}": slot for name, slot in memory.slots.items()})
-    return _unshared(parts), {
-        "scales": {part: {name: pair.scale for name, pair in a.layers.items()} for part, a in parts.items()},
-        "dense": {part: list(adapter.dense) for part, adapter in parts.items()},
-        "scalars": dict(state.scalars),
-        "memories": {str(client): dict(memory.scalars) for client, memory in memories.items()},
-    }
+def flatten(state: ServerState) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Returns a state as (named tensors, JSON description); ``unflatten`` is its inverse."""
+    slots = {f"{SLOT}{name}": slot for name, slot in state.slots.items()}
+    tensors, description = pack({"adapter": state.adapter, **slots})
+    return tensors, {**description, "scalars": dict(state.scalars)}
 
 
-def _unshared(parts: Mapping[str, Adapter]) -> dict[str, Tensor]:
-    """Every tensor under a unique name; those that share memory are copied, because safetensors takes no aliases."""
-    tensors, seen = {}, set()
-    for part, adapter in parts.items():
-        for name, tensor in adapter.tensors().items():
-            packed = tensor.contiguous()
-            memory = packed.untyped_storage().data_ptr()
-            tensors[f"{part}|{name}"] = packed.clone() if memory in seen else packed
-            seen.add(memory)
-    return tensors
-
-
-def unflatten(
-    tensors: Mapping[str, Tensor], description: Mapping[str, Any]
-) -> tuple[ServerState, dict[int, ClientMemory]]:
-    """Returns the state and the memories that ``flatten`` took apart."""
-    adapters = {}
-    for part, scales in description["scales"].items():
-        layers = {
-            name: LoRA(tensors[f"{part}|{name}:A"], tensors[f"{part}|{name}:Bt"], scale)
-            for name, scale in scales.items()
-        }
-        adapters[part] = Adapter(layers, {n: tensors[f"{part}|{n}:dense"] for n in description["dense"][part]})
-    state = ServerState(adapters["adapter"], _below("slot.", adapters), description["scalars"])
-    memories = {
-        int(client): ClientMemory(_below(f"client.{client}.", adapters), scalars)
-        for client, scalars in description["memories"].items()
-    }
-    return state, memories
-
-
-def _below(prefix: str, adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
-    return {name.removeprefix(prefix): part for name, part in adapters.items() if name.startswith(prefix)}
+def unflatten(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> ServerState:
+    """Returns the state that ``flatten`` took apart."""
+    parts = unpack(tensors, description)
+    slots = {name.removeprefix(SLOT): part for name, part in parts.items() if name.startswith(SLOT)}
+    return ServerState(parts["adapter"], slots, description["scalars"])

@@ -122,12 +122,12 @@ def scored(federation: Federation, adapters: Sequence[Adapter]) -> Scored:
     base, train, holdout = federation.base, federation.train, federation.sites.partition.holdout
     tested = predict_dealt(base, adapters, federation.test)
     test, by_label = tested.scores(), _by_label(federation, tested)
-    if not any(len(index) for index in holdout):
+    if not len(holdout.flat):
         return Scored(test, None, by_label)
     if len(adapters) == 1:
-        return Scored(test, predict(base, adapters[0], train.take(np.concatenate(holdout))), by_label)
-    pairs = zip(adapters, holdout, strict=True)
-    parts = [predict(base, adapter, train.take(index)) for adapter, index in pairs if len(index)]
+        return Scored(test, predict(base, adapters[0], train.take(holdout.flat)), by_label)
+    tested_on = np.flatnonzero(holdout.sizes).tolist()
+    parts = [predict(base, adapters[client], train.take(holdout[client])) for client in tested_on]
     return Scored(test, joined(parts), by_label)
 
 
@@ -293,7 +293,7 @@ def by_label(before: Scored, after: Scored) -> dict[str, dict[str, Scores]]:
 
 def client_scores(federation: Federation, before: Scored, after: Scored) -> list[dict[str, Any]]:
     """Returns, per client, two adapters' scores on the client's own held-out examples (None without any)."""
-    starts = np.cumsum([0, *(len(index) for index in federation.sites.partition.holdout)])
+    starts = federation.sites.partition.holdout.bounds
 
     def own(result: Scored, client: int) -> Scores | None:
         part = slice(starts[client], starts[client + 1])

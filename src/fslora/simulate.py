@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
 from math import isfinite
-from typing import Any, Protocol
+from typing import Any, Protocol, overload
 
 import torch
 
@@ -119,7 +118,8 @@ class Simulation:
         self.wire = Wire() if self.experiment.fleet.pooled else Wire.of(self.experiment.wire)
         self.template = federation.template
         self.trainers, self.shares = federation.trainers, federation.shares
-        self.memories: dict[int, ClientMemory] = {}
+        self.largest = int(self.trainers.ranks.max())
+        self.memories = folder.clients(0)
         """What each client keeps from round to round, by id; it never reaches the server."""
 
     def initial_state(self) -> ServerState:
@@ -138,7 +138,7 @@ class Simulation:
         """
         keep_freed_memory()
         run = self.experiment.run
-        done, state, self.memories = self.folder.load_checkpoint() or (0, self.initial_state(), {})
+        done, state, self.memories = self.folder.load_checkpoint() or (0, self.initial_state(), self.folder.clients(0))
         rows = self.folder.rewind(done)
         totals = rows[-1] if rows else {"round": 0, **dict.fromkeys(TOTALS, 0)}
         if not rows:
@@ -155,7 +155,8 @@ class Simulation:
                 release_memory()
             self._record(row)
             if last or (number + 1) % run.checkpoint_every == 0:
-                self.folder.save_checkpoint(number + 1, state, self.memories)
+                self.folder.save_checkpoint(number + 1, state)
+                self.memories.checkpointed(number + 1)
         return state
 
     def spent(self, totals: Mapping[str, Any]) -> float:
@@ -176,15 +177,8 @@ class Simulation:
         changes = self.method.base(state)
         with self.federation.base.changed(changes.layers if changes else {}):
             updates = self._updates(state, plan, tally, self._lr(number, spent))
-            first = next(updates, None)
-            if first is None:
-                reasons = "; ".join(f"client {c}: {why}" for c, why in tally.dropped.items())
-                raise TrainingError(
-                    f"round {number + 1}: no client sent a usable update ({reasons}). The rounds before are in "
-                    f"{self.folder.path}; try a smaller local.lr"
-                )
             with tally.at_the_server():
-                state = self.method.aggregate(state, tally.waiting(chain([first], updates)), plan)
+                state = self.method.aggregate(state, tally.waiting(updates), plan)
         return state, tally
 
     def _lr(self, number: int, spent: float) -> float:
@@ -192,7 +186,7 @@ class Simulation:
         return self.experiment.local.lr_at(number, run.rounds, spent if run.budget else None)
 
     def _updates(self, state: ServerState, plan: Round, tally: Tally, lr: float) -> Iterator[ClientUpdate]:
-        """Yields usable updates by increasing client id, training a chunk at a time."""
+        """Yields usable updates by increasing client id, training a chunk at a time; raises where there are none."""
         pending: dict[int, tuple[Broadcast, Broadcast, Start, Site]] = {}
 
         def problems() -> Iterator[LocalProblem]:
@@ -232,10 +226,17 @@ class Simulation:
             except WireError as error:
                 tally.dropped[trained.client] = f"its update was refused: {error}"
                 continue
-            kept = self.method.remember(received, start, trained, site)
-            self.memories[trained.client] = remembering(kept, unsent)
+            memory = remembering(self.method.remember(received, start, trained, site), unsent)
+            if memory is not site.memory:
+                self.memories.put(trained.client, memory, plan.number + 1)
             tally.losses[trained.client] = sum(trained.losses) / len(trained.losses)
             yield arrived
+        if not tally.losses:
+            reasons = "; ".join(f"client {c}: {why}" for c, why in tally.dropped.items())
+            raise TrainingError(
+                f"round {plan.number + 1}: no client sent a usable update ({reasons}). The rounds before are in "
+                f"{self.folder.path}; try a smaller local.lr"
+            )
 
     def site(self, client: Client) -> Site:
         """Returns what a client knows by itself."""
@@ -250,11 +251,9 @@ class Simulation:
         batches = [self.federation.train.batch(parts[i]) for i in order.tolist()]
         return LocalProblem(client.id, start, batches, plan.rng.child("dropout", client.id))
 
-    def served(self, state: ServerState) -> tuple[Adapter, ...]:
+    def served(self, state: ServerState) -> Sequence[Adapter]:
         """Returns what the method ends with: the global adapter alone, or one for each client of the fleet, by id."""
-        if not self.method.personal:
-            return (self.method.global_adapter(state),)
-        return tuple(self.method.client_adapter(state, self.site(client)) for client in self.trainers)
+        return served(self.federation, state, self.memories)
 
     def evaluate(self, state: ServerState) -> dict[str, float]:
         """Returns the scores on the validation split; those of personal models are the mean over clients."""
@@ -305,19 +304,44 @@ class Simulation:
 
     def _seconds(self, tally: Tally) -> dict[int, float]:
         """How long each client of the round takes, in simulated time; the server waits for the slowest."""
-        largest = max(client.rank for client in self.trainers)
+        fleet, up, flops = self.experiment.fleet, tally.bytes_up, tally.flops
         return {
             client: simulated_seconds(
-                self.experiment.fleet,
-                self.trainers[client],
-                largest,
-                down,
                 # A client that refused its broadcast has sent and computed nothing.
-                tally.bytes_up.get(client, 0),
-                tally.flops.get(client, 0.0),
+                fleet, self.trainers[client], self.largest, down, up.get(client, 0), flops.get(client, 0.0)
             )
             for client, down in tally.bytes_down.items()
         }
+
+
+class Personal(Sequence[Adapter]):
+    """Every client's own model, by id; each is put together when it is asked for, and not kept."""
+
+    def __init__(self, federation: Federation, state: ServerState, memories: Mapping[int, ClientMemory]) -> None:
+        self.federation, self.state, self.memories = federation, state, memories
+        self.template = federation.template
+
+    def __len__(self) -> int:
+        """Returns the number of clients."""
+        return len(self.federation.trainers)
+
+    @overload
+    def __getitem__(self, client: int) -> Adapter: ...
+    @overload
+    def __getitem__(self, client: slice) -> Sequence[Adapter]: ...
+    def __getitem__(self, client: int | slice) -> Adapter | Sequence[Adapter]:
+        """Returns one client's model, or several."""
+        if isinstance(client, slice):
+            return [self[i] for i in range(*client.indices(len(self)))]
+        member = self.federation.trainers[client]
+        site = Site(member, self.template, self.memories.get(member.id, ClientMemory()))
+        return self.federation.experiment.method.client_adapter(self.state, site)
+
+
+def served(federation: Federation, state: ServerState, memories: Mapping[int, ClientMemory]) -> Sequence[Adapter]:
+    """Returns what a method ends with: the global adapter alone, or one for each client of the fleet, by id."""
+    method = federation.experiment.method
+    return Personal(federation, state, memories) if method.personal else (method.global_adapter(state),)
 
 
 def spectrum(adapter: Adapter) -> torch.Tensor | None:

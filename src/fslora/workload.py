@@ -18,7 +18,7 @@ import torch
 from fslora.baseline import MOST_TRAINING_EXAMPLES
 from fslora.config import Experiment
 from fslora.data.batches import IGNORED, TOKENS_PER_BATCH, Encoded, by_length, length_order, local_batches
-from fslora.data.partition import Partition
+from fslora.data.partition import Partition, Shares
 from fslora.data.types import Dataset, Examples, Kind
 from fslora.fleet import build_fleet, sample_cohort
 from fslora.models.base import Base
@@ -101,11 +101,10 @@ def _assumed_sites(experiment: Experiment) -> Sites:
     train = examples(each * fleet.clients)
     sides = (examples(experiment.data.max_validation), examples(experiment.data.max_test))
     dataset = Dataset(f"{experiment.data.task}, not read", names, train, *sides, {}, kind)
-    shares = tuple(np.split(np.arange(len(train)), fleet.clients))
-    nothing = (np.arange(0),) * fleet.clients
-    clients = build_fleet(fleet, experiment.adapter.rank, [each] * fleet.clients, rng.child("fleet"))
+    sizes = np.full(fleet.clients, each)
+    clients = build_fleet(fleet, experiment.adapter.rank, sizes, rng.child("fleet"))
     objective = objective_of(dataset, experiment.data)
-    parts = Partition(shares, nothing, "", {})
+    parts = Partition(Shares.of(np.arange(len(train)), sizes), Shares.of(np.arange(0), 0 * sizes), "", {})
     return Sites(dataset, "assumed", parts, clients, objective, metric_of(objective, experiment.data))
 
 
