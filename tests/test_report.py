@@ -36,6 +36,7 @@ from fslora.report import (
     statistics_table,
     write_page,
 )
+from fslora.report.sampled import remark_on, sampled
 from fslora.report.tables import trained_ranks
 from fslora.report.text import byte_text, duration, margin95, markdown_text, plain, points
 
@@ -498,6 +499,35 @@ def test_partitions_of_other_sizes_are_drawn(tmp_path: Path, clients: int, class
     assert figure is not None
     assert save(figure, "png").startswith(b"\x89PNG")
     assert len(figure.axes[0].patches) == clients
+
+
+def test_of_a_large_fleet_some_who_took_part_are_shown(tmp_path: Path) -> None:
+    """Of 1,500 clients up to 1,200 take part: 1,000 of those are drawn, and what is not by client is of all."""
+    made = Made(clients=1500, cohort=600, rounds=3)
+    record = read_run(write_run(tmp_path / "run", made))
+    shown, seen = sampled(record), {client for row in record.rounds for client in row.clients}
+    assert len(seen) > 1000
+    assert len(shown.fleet) == len(shown.data.partition.label_counts) == len(shown.data.partition.holdout) == 1000
+    assert {client.id for client in shown.fleet} == {entry.id for entry in shown.summary.clients} < seen
+    position = {client.id: place for place, client in enumerate(record.fleet)}
+    for client, counts in zip(shown.fleet, shown.data.partition.label_counts, strict=True):
+        assert record.fleet[position[client.id]] == client
+        assert record.data.partition.label_counts[position[client.id]] == counts
+    share = {rank: sum(c.rank == rank for c in record.fleet if c.id in seen) / len(seen) for rank in made.ranks}
+    for rank in made.ranks:
+        assert sum(client.rank == rank for client in shown.fleet) == pytest.approx(1000 * share[rank], abs=1.01)
+    assert shown.rounds == record.rounds
+    assert "1,000 of 1,500 clients" in remark_on(record, shown)
+    small = read_run(write_run(tmp_path / "small", Made(clients=30, rounds=1)))
+    assert sampled(small) is small
+    assert remark_on(small, small) is None
+
+
+def test_the_page_of_a_large_fleet_says_what_it_shows(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", Made(clients=1200, cohort=20, rounds=3))
+    page = write_page(run).read_text(encoding="utf-8")
+    assert "of 1,200 clients, of those that took part, evenly by rank" in page
+    assert page.count("1,200") >= 2, "the fleet's size is that of all"
 
 
 def test_hostile_text_is_shown_and_never_run(tmp_path: Path) -> None:

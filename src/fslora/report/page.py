@@ -17,6 +17,7 @@ from fslora.report.figures import NAMES, Drawn, draw_all
 from fslora.report.headline import Headline, changes, headline
 from fslora.report.merit import direction, is_counted
 from fslora.report.read import RunRecord, read_run
+from fslora.report.sampled import remark_on, sampled
 from fslora.report.style import save
 from fslora.report.tables import (
     Column,
@@ -50,16 +51,17 @@ def write_page(run_dir: str | Path) -> Path:
         ArtifactError: The folder is no run folder, is damaged, or cannot be written.
     """
     record = read_run(run_dir)
-    drawn = draw_all(record)
+    shown = sampled(record)
+    drawn = draw_all(shown)
     files = put_figures(record.path / "figures", drawn, NAMES)
     top = headline(record)
     put(record.path / "summary.md", _markdown(record, top, drawn).encode())
     page = record.path / "report.html"
-    put(page, _html(record, top, drawn, files).encode())
+    put(page, _html(record, shown, top, drawn, files).encode())
     return page
 
 
-def _html(record: RunRecord, top: Headline, drawn: list[Drawn], files: Files) -> str:
+def _html(record: RunRecord, shown: RunRecord, top: Headline, drawn: list[Drawn], files: Files) -> str:
     """The page. Everything that comes from the run folder passes through `escape`."""
     pictures = {entry.name: picture(entry, files[entry.name]) for entry in drawn}
     body = [
@@ -67,8 +69,8 @@ def _html(record: RunRecord, top: Headline, drawn: list[Drawn], files: Files) ->
         *section("Runs", _runs_part(record)),
         *section("Training", (pictures[name] for name in ("accuracy", "score", "loss") if name in pictures)),
         *section("Fleet", (pictures[name] for name in ("bytes", "coverage") if name in pictures)),
-        *section("Clients", _clients_part(record, pictures)),
-        *section("Data", _data_part(record, pictures)),
+        *section("Clients", _clients_part(record, shown, pictures)),
+        *section("Data", _data_part(record, shown, pictures)),
         *section("Refused updates", _dropped_part(record)),
         *section("Use it", _use_part(record)),
         *section("Settings", settings(record.config_text, record.environment)),
@@ -152,19 +154,21 @@ def _reading(record: RunRecord) -> Iterator[str]:
     yield "Down and up: all clients together."
 
 
-def _clients_part(record: RunRecord, pictures: dict[str, str]) -> Iterator[str]:
+def _clients_part(record: RunRecord, shown: RunRecord, pictures: dict[str, str]) -> Iterator[str]:
+    if note := remark_on(record, shown):
+        yield remark(note)
     if "clients" in pictures:
         yield pictures["clients"]
     if record.fleet and record.rounds:
-        yield titled_table(clients_table(record))
+        yield titled_table(clients_table(shown))
 
 
-def _data_part(record: RunRecord, pictures: dict[str, str]) -> Iterator[str]:
+def _data_part(record: RunRecord, shown: RunRecord, pictures: dict[str, str]) -> Iterator[str]:
     if "partition" in pictures:
         yield pictures["partition"]
-    if record.data:
+    if record.data and shown.data:
         yield titled_table(statistics_table(record.data), folded=False)
-        for table in (class_table(record.data), fleet_table(record.data)):
+        for table in (class_table(record.data), fleet_table(shown.data)):
             if table.rows:
                 yield titled_table(table)
 
