@@ -7,15 +7,16 @@ A 3B-shaped adapter (28 layers; q 3072 -> 3072, k and v 3072 -> 1024, up 3072 ->
 beyond the caches, cycled. One thread; the peers take turns in one process and are timed in processor time, because
 others use the machine. Per client:
 
-    add_      the reference: in-place addition of as many bytes as the update has, contiguous on both sides
+    block     a reference: in-place addition (add_) of as many bytes as the update has, as one block
+    add_      the reference: the same in the update's own pieces, add_ on the first rows of every tensor
     scatter   ours: ScatterMean.add
     pad       every module of the update is filled up with zeros to rank 64 and added
     list      all updates are filled up, kept in a list, stacked and averaged (four clients; what the published
               style does). Its memory for many clients is extrapolated.
 
-"of add_" is the time of add_ over the peer's own, from the same turn: median and range. Peak memory is what a fresh
-process needs beyond the global adapter and the pool. The last rows are FSLoRA's whole server step over a stream of
-clients, run for real, mean and addition included.
+"of add_" and "of a block" are the time of that reference over the peer's own, of the same turn: median and range.
+Peak memory is what a fresh process needs beyond the global adapter and the pool. The last rows are FSLoRA's whole
+server step over a stream of clients, run for real, mean and addition included.
 """
 
 from __future__ import annotations
@@ -72,10 +73,21 @@ def pool(layers: int) -> list[ClientUpdate]:
 Turn = Callable[[], object]
 
 
-def add(state: Adapter, updates: list[ClientUpdate]) -> Turn:
+def block(state: Adapter, updates: list[ClientUpdate]) -> Turn:
     total = torch.zeros(state.nbytes // 4)
     sources = [torch.randn(update.adapter.nbytes // 4) for update in updates]
     return lambda: [total[: len(source)].add_(source) for source in sources]
+
+
+def add(state: Adapter, updates: list[ClientUpdate]) -> Turn:
+    total = zeros_like(state).tensors()
+
+    def turn() -> None:
+        for update in updates:
+            for name, tensor in update.adapter.tensors().items():
+                total[name][: len(tensor)].add_(tensor)
+
+    return turn
 
 
 def scattered(state: Adapter, updates: list[ClientUpdate]) -> Turn:
@@ -104,7 +116,7 @@ def listed(state: Adapter, updates: list[ClientUpdate]) -> Turn:
     return turn
 
 
-PEERS = {"add_": add, "scatter": scattered, "pad": padded, "list": listed}
+PEERS = {"block": block, "add_": add, "scatter": scattered, "pad": padded, "list": listed}
 """Peer → (state, pool) → one turn over the whole pool."""
 
 
@@ -175,15 +187,15 @@ def main() -> None:
     useful = sum(update.adapter.nbytes for update in updates) / len(updates)
     times = measured({name: make(state, updates) for name, make in PEERS.items()}, args.repeats)
     print(f"adapter {state.nbytes / MIB:.0f} MiB, mean update {useful / MIB:.0f} MiB; 1 thread; {environment()['cpu']}")
-    print("| peer | ms per client | GB/s (useful) | of add_ | memory beyond adapter and pool |")
-    print("| --- | ---: | ---: | ---: | ---: |")
-    ratios = {}
+    print("| peer | ms per client | GB/s (useful) | of add_ | of a block | memory beyond adapter and pool |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    ratios: dict[str, dict[str, list[float]]] = {}
     for name, taken in times.items():
-        ratios[name] = [add / own for add, own in zip(times["add_"], taken, strict=False)]
+        ratios[name] = {of: [t / own for t, own in zip(times[of], taken, strict=False)] for of in ("add_", "block")}
         middle = statistics.median(taken)
-        shown = f"{statistics.median(ratios[name]):.0%} ({min(ratios[name]):.0%}-{max(ratios[name]):.0%})"
+        shown = [f"{statistics.median(r):.0%} ({min(r):.0%}-{max(r):.0%})" for r in ratios[name].values()]
         held = f"{memory[name] / MIB:.0f} MiB" if name in memory else ""
-        print(f"| {name} | {1e3 * middle:.1f} | {3 * useful / middle / 1e9:.1f} | {shown} | {held} |")
+        print(f"| {name} | {1e3 * middle:.1f} | {3 * useful / middle / 1e9:.1f} | {' | '.join(shown)} | {held} |")
     per_client = memory["list"] / len(RANKS)
     extrapolated = ", ".join(f"{clients} clients {per_client * clients / 2**30:.1f} GiB" for clients in args.clients)
     print(f"\nlist, extrapolated from four clients: {extrapolated}\n")

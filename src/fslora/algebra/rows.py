@@ -115,7 +115,7 @@ class ScatterMean:
                     target[: len(source)].add_(source, alpha=own)
                 held[: pair.rank].add_(own)
             else:
-                index = rows[name]
+                index = rows[name].long()  # otherwise converted anew for each of the three
                 for target, source in factors:
                     if len(source):
                         target.index_add_(0, index, source, alpha=own)
