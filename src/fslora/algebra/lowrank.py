@@ -80,16 +80,27 @@ def svd_of(pair: LoRA, rank: int | None = None, rng: Rng | None = None) -> SVD:
     exact = min(pair.rank, d_in, d_out)
     if rank is not None and rng is not None and exact >= max(512, 6 * (rank + OVERSAMPLING)):
         return svd_by_range(pair, rank, rng)
-    found = svd_by_qr(pair) if 4 * pair.rank < 3 * min(d_in, d_out) else svd_by_gram(pair)
+    if 4 * pair.rank < 3 * min(d_in, d_out):
+        return svd_by_qr(pair, rank)
+    found = svd_by_gram(pair)
     return found if rank is None else SVD(found.U[:, :rank], found.S[:rank], found.V[:, :rank], found.route, 0.0)
 
 
-def svd_by_qr(pair: LoRA) -> SVD:
-    """Returns the SVD at the cost of two thin QRs: with Q_B R_B = B and Q_A R_A = Aᵀ, that of the core R_B R_Aᵀ."""
-    q_b, r_b = torch.linalg.qr(pair.Bt.double().T)
-    q_a, r_a = torch.linalg.qr(pair.A.double().T)
+def svd_by_qr(pair: LoRA, rank: int | None = None) -> SVD:
+    """Returns the SVD at the cost of two thin QRs: with Q_B R_B = B and Q_A R_A = Aᵀ, that of the core R_B R_Aᵀ.
+
+    Q_B and Q_A stay products of Householder reflections, applied to as many vectors of the core as are wanted.
+    """
+    b, a = torch.geqrf(pair.Bt.double().T), torch.geqrf(pair.A.double().T)
+    r_b, r_a = (factored[: len(tau)].triu() for factored, tau in (b, a))
     u, s, vt = torch.linalg.svd(pair.scale * r_b @ r_a.T, full_matrices=False)
-    return _signed(q_b @ u, s, q_a @ vt.T, "qr")
+    return _signed(_reflected(b, u[:, :rank]), s[:rank], _reflected(a, vt[:rank].T), "qr")
+
+
+def _reflected(qr: tuple[Tensor, Tensor], x: Tensor) -> Tensor:
+    """Returns Q x for the Q of a thin QR, as ``geqrf`` leaves it."""
+    filled = torch.cat([x, x.new_zeros(len(qr[0]) - len(x), x.shape[1])])
+    return torch.ormqr(*qr, filled)
 
 
 def svd_by_gram(pair: LoRA) -> SVD:
