@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -46,19 +45,22 @@ def class_scores(predicted: np.ndarray, labels: np.ndarray, classes: int) -> Sco
     """Returns accuracy, macro F1 and Matthews correlation of predicted classes [n]; F1 of class 1 where there are two.
 
     Classes that neither occur nor are predicted do not count in the macro mean; a correlation with something constant
-    is 0.
+    is 0. The numbers are scikit-learn's, which takes a hundred times as long: a large fleet is scored client by client.
     """
-    from sklearn.metrics import f1_score, matthews_corrcoef
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        scores = {
-            "accuracy": float((predicted == labels).mean()),
-            "macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0.0)),
-            "matthews": float(matthews_corrcoef(labels, predicted)),
-        }
-        if classes == 2:
-            scores["f1"] = float(f1_score(labels, predicted, labels=[1], average="macro", zero_division=0.0))
+    present, codes = np.unique(np.concatenate([labels, predicted]), return_inverse=True)
+    true, said, size = codes[: len(labels)], codes[len(labels) :], len(present)
+    hits = np.bincount(true[true == said], minlength=size).astype(np.float64)
+    held, chosen = (np.bincount(column, minlength=size).astype(np.float64) for column in (true, said))
+    f1 = 2 * hits / (held + chosen)
+    number = float(len(labels))
+    spread = (number**2 - chosen @ chosen) * (number**2 - held @ held)
+    scores = {
+        "accuracy": float((predicted == labels).mean()),
+        "macro_f1": float(f1.mean()),
+        "matthews": float((hits.sum() * number - held @ chosen) / np.sqrt(spread)) if spread else 0.0,
+    }
+    if classes == 2:
+        scores["f1"] = float(f1[present == 1].sum())  # 0 where class 1 neither occurs nor is predicted
     return scores
 
 
