@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from fslora.algebra.adapters import sub
+from fslora.algebra.rows import holders
 from fslora.algebra.sketch import draw_rows
 from fslora.config import load
 from fslora.console import Silent
@@ -28,8 +30,8 @@ from fslora.methods.fslora import FSLoRA
 from fslora.prepare import Workshop
 from fslora.rng import Rng
 from fslora.runfolder import RunFolder
-from fslora.simulate import Simulation, Tally
-from fslora.types import Round
+from fslora.simulate import Simulation
+from fslora.types import Client, Round, ServerState
 
 KINDS, RULES = ("independent", "balanced", "nested"), ("cohort", "holders")
 
@@ -45,24 +47,24 @@ def sketch_variance(kind: str, rank: int, ranks: list[int], draws: int) -> float
     return total / draws
 
 
-def updates(simulation: Simulation, state, cohort, method: FSLoRA, draws: int):
+def updates(simulation: Simulation, state: ServerState, cohort: Sequence[Client], method: FSLoRA, draws: int):
     """Yields (aggregate update as one vector, share of parts nobody held) of repeated rounds."""
+    template = simulation.template
     for draw in range(draws):
-        plan = Round(0, cohort, Rng(0).child("fixed"))
-        sketches = Round(0, cohort, Rng(draw).child("draws"))
-        tally = Tally()
-        broadcasts = {client.id: method.broadcast(state, client, sketches) for client in cohort}
-        problems = [simulation.problem(client, broadcasts[client.id], plan) for client in cohort]
-        for client in cohort:
-            tally.sent(client, broadcasts[client.id], simulation.experiment.adapter.rank)
+        plan = Round(0, tuple(cohort), Rng(0).child("fixed"), template)
+        sketches = Round(0, tuple(cohort), Rng(draw).child("draws"), template)
+        sites = [simulation.site(client) for client in cohort]
+        broadcasts = [method.broadcast(state, client, sketches) for client in cohort]
+        starts = [method.start(broadcast, site) for broadcast, site in zip(broadcasts, sites, strict=True)]
+        problems = [simulation.problem(client, start, plan) for client, start in zip(cohort, starts, strict=True)]
         trained = simulation.engine.train(problems, simulation.experiment.local.lr)
-        answers = (
-            method.client_update(broadcasts[client.id], result.adapter, client)
-            for result, client in zip(trained, cohort, strict=True)
+        steps = zip(broadcasts, starts, trained, sites, strict=True)
+        delta = sub(
+            method.aggregate(state, (method.client_update(*step) for step in steps), sketches).adapter, state.adapter
         )
-        delta = sub(method.aggregate(state, answers, sketches).adapter, state.adapter)
+        held = sum(holders(broadcast.rows, template.rank) for broadcast in broadcasts)
         pairs = [tensor.flatten() for pair in delta.layers.values() for tensor in (pair.A, pair.Bt)]
-        yield torch.cat(pairs), (tally.coverage == 0).float().mean().item()
+        yield torch.cat(pairs), (held == 0).float().mean().item()
 
 
 def main() -> None:
@@ -73,7 +75,7 @@ def main() -> None:
     args = parser.parse_args()
     experiment = load(args.run / "experiment.toml")
     federation = Workshop().federation(experiment)
-    _, state = RunFolder.open(args.run).load_checkpoint()
+    _, state, _ = RunFolder.open(args.run).load_checkpoint()
     simulation = Simulation(federation, RunFolder(args.run), Silent())
     cohort = sample_cohort(federation.sites.fleet, experiment.fleet.cohort, Rng(0))
     ranks = [client.rank for client in cohort]

@@ -349,7 +349,7 @@ def _server_bytes(planned: Planned) -> int:
     held = chunk * (largest.down + largest.start.adapter.nbytes + largest.up)
     if not experiment.method.streams:
         held += (cohort - chunk) * largest.up
-    return 3 * rehearsal.state + held
+    return 2 * rehearsal.state + held
 
 
 def _loading_bytes(planned: Planned, weights: int) -> int:

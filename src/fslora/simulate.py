@@ -308,7 +308,12 @@ class Simulation:
         return {
             client: simulated_seconds(
                 # A client that refused its broadcast has sent and computed nothing.
-                fleet, self.trainers[client], self.largest, down, up.get(client, 0), flops.get(client, 0.0)
+                fleet,
+                self.trainers[client],
+                self.largest,
+                down,
+                up.get(client, 0),
+                flops.get(client, 0.0),
             )
             for client, down in tally.bytes_down.items()
         }
