@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a hub
 os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side; tiny models gain nothing from more threads
@@ -25,6 +26,9 @@ WORDS = (
     "the a an of to in is was returns object file name value list string error if not when this that with for "
     "good bad fine poor great awful happy sad cat dog sat ran on mat road fast slow red blue one two three"
 ).split()
+COMMAND = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from fslora.cli import main; main()"
+FSLORA = [sys.executable, "-c", COMMAND]
+"""The command, as a process. What a shell starts in the background ignores SIGINT, and so would its children."""
 ARCHITECTURES = ("bert", "roberta", "distilbert", "llama", "gpt2")
 LABELS = ("no", "yes", "maybe")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from conftest import FSLORA
 from fslora import cli, compare, config
 from fslora.compare import crew, execute, worker
 from fslora.compare.ledger import Ledger, Outcome
@@ -23,7 +24,6 @@ from fslora.methods import METHODS
 from fslora.metrics import METRICS
 from fslora.runfolder import RunFolder
 
-FSLORA = [sys.executable, "-c", "from fslora.cli import main; main()"]
 SMALL = {"methods": ["fedit", "fslora"], "seeds": 2}
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import ARCHITECTURES
+from conftest import ARCHITECTURES, FSLORA
 from fslora import config, runner
 from fslora.cli import main
 from fslora.console import Silent
@@ -29,8 +29,6 @@ from fslora.runfolder import RunFolder
 from fslora.simulate import Simulation
 from fslora.types import Adapter, LoRA, ServerState
 from kit import World, parts_of
-
-FSLORA = [sys.executable, "-c", "from fslora.cli import main; main()"]
 
 
 class Quiet:
