@@ -410,7 +410,7 @@ def main() -> None:
         shown = f"{memory / 2**20:,.0f}" if memory else ""
         rows.append([name, f"{rate:.1f}", spread(ratios["wall"]), cpu, shown])
         result["peers"][name] = {"wall": taken.wall, "cpu": taken.cpu, "ratios": ratios, "peak": memory}
-    workload = f"{args.data.name} at most {args.pad} tokens" if args.data else f"{args.tokens} tokens"
+    workload = f"texts of {args.data.parent.name}, at most {args.pad} tokens" if args.data else f"{args.tokens} tokens"
     print(
         f"{args.model}, {args.dtype}, {args.clients} clients x batch {args.batch} x {workload}, {args.steps} steps, "
         f"{args.targets}, {torch.get_num_threads()} threads, {environment()['cpu']}\n"

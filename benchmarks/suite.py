@@ -44,7 +44,7 @@ class Case:
 def text(name: str, pad: int) -> str:
     """Arguments of a case with real texts."""
     peers = "cohort,central,swapped,processes,published"
-    return f"--data {DATA / name / 'train.jsonl.gz'} --pad {pad} --steps 4 --peers {peers}"
+    return f"--data {DATA / name / 'train.jsonl.gz'} --pad {pad} --steps 4 --no-memory --peers {peers}"
 
 
 CPU = [
@@ -53,15 +53,15 @@ CPU = [
         "MiniLM, bfloat16, all linear layers", "--steps 2 --targets all --peers cohort,floor,central,swapped,processes"
     ),
     Case("MiniLM, float32, query and value", "--steps 2 --dtype float32"),
-    Case("MiniLM, bfloat16, a cohort of one", "--clients 1 --steps 8 --peers cohort,floor,central,swapped"),
-    Case("MiniLM, bfloat16, batches of one short text", "--batch 1 --tokens 32 --steps 4"),
+    Case("MiniLM, bfloat16, a cohort of one", "--clients 1 --steps 8 --no-memory --peers cohort,floor,central,swapped"),
+    Case("MiniLM, bfloat16, batches of one short text", "--batch 1 --tokens 32 --steps 4 --no-memory"),
     Case("MiniLM, bfloat16, phrases of SST-2", text("sst2", 128)),
     Case("MiniLM, bfloat16, news of AG News", text("ag_news", 128)),
     Case("MiniLM, bfloat16, problems of GSM8K", text("gsm8k", 256)),
-    Case("Llama-like, 25 M, bfloat16, all linear layers", "--model llama-25m --clients 8 --targets all"),
+    Case("Llama-like, 25 M, bfloat16, all linear layers", "--model llama-25m --clients 8 --targets all --no-memory"),
     Case(
         "Llama-like, 125 M, bfloat16, query and value",
-        "--model llama-125m --clients 4 --peers cohort,floor,central,swapped",
+        "--model llama-125m --clients 4 --no-memory --peers cohort,floor,central,swapped",
     ),
 ]
 GPU_PEERS = "--peers cohort,floor,central,swapped"
@@ -85,11 +85,12 @@ GPU = [
 ]
 
 
-def run(case: Case, repeats: int) -> dict[str, Any]:
+def run(case: Case, repeats: int, threads: int) -> dict[str, Any]:
     """Runs one case; its table is what engines.py printed."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "figures.json"
-        command = [sys.executable, HERE / "engines.py", *case.arguments.split(), "--repeats", repeats, "--out", out]
+        given = [*case.arguments.split(), "--repeats", repeats, "--threads", threads]
+        command = [sys.executable, HERE / "engines.py", *given, "--out", out]
         done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"{case.title} failed:\n{done.stderr[-3000:]}")
@@ -111,6 +112,7 @@ def main() -> None:
     parser.add_argument("--gpu", action="store_true", help="the cases for one GPU, in less than ten minutes")
     parser.add_argument("--cases", default="", help="numbers from 1; all by default")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=0, help="threads of torch; 0 for one per core")
     parser.add_argument("--out", type=Path, help="without an ending [default: docs/benchmarks/cpu or gpu]")
     args = parser.parse_args()
     if args.gpu and not torch.cuda.is_available():
@@ -125,7 +127,7 @@ def main() -> None:
         if case.missing:
             print(f"{case.title}: left out, there is no {case.missing}")
             continue
-        results[case.title] = run(case, args.repeats)
+        results[case.title] = run(case, args.repeats, args.threads)
         print(f"{case.title}\n{results[case.title]['printed']}\n", flush=True)
         ordered = {each.title: results[each.title] for each in cases if each.title in results}
         record.write_text(json.dumps({"cases": ordered, "environment": dict(environment())}, indent=1))
