@@ -1,0 +1,1 @@
+"""The same rounds over a network: a server, and sites that keep their data. Flower is imported by `flower` alone."""
