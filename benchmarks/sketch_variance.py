@@ -31,7 +31,7 @@ from fslora.prepare import Workshop
 from fslora.rng import Rng
 from fslora.runfolder import RunFolder
 from fslora.simulate import Simulation
-from fslora.types import Client, Round, ServerState
+from fslora.types import Client, Round, ServerState, Site
 
 KINDS, RULES = ("independent", "balanced", "nested"), ("cohort", "holders")
 
@@ -53,10 +53,11 @@ def updates(simulation: Simulation, state: ServerState, cohort: Sequence[Client]
     for draw in range(draws):
         plan = Round(0, tuple(cohort), Rng(0).child("fixed"), template)
         sketches = Round(0, tuple(cohort), Rng(draw).child("draws"), template)
-        sites = [simulation.site(client) for client in cohort]
+        sites = [Site(client, template) for client in cohort]
         broadcasts = [method.broadcast(state, client, sketches) for client in cohort]
         starts = [method.start(broadcast, site) for broadcast, site in zip(broadcasts, sites, strict=True)]
-        problems = [simulation.problem(client, start, plan) for client, start in zip(cohort, starts, strict=True)]
+        given = zip(cohort, starts, strict=True)
+        problems = [simulation.clients.problem(client, start, plan.rng) for client, start in given]
         trained = simulation.engine.train(problems, simulation.experiment.local.lr)
         steps = zip(broadcasts, starts, trained, sites, strict=True)
         delta = sub(
