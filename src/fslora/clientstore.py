@@ -105,6 +105,13 @@ class ClientStore(Mapping[int, ClientMemory]):
             path.unlink(missing_ok=True)
         self._superseded.clear()
 
+    def prune(self, client: int) -> None:
+        """Removes a client's files that are older than its newest in this store; later ones stay."""
+        newest = self._newest.get(client, 0)
+        for owner, written in self._files():
+            if owner == client and written < newest:
+                self._path(client, written).unlink(missing_ok=True)
+
     def rewind(self) -> None:
         """Removes every file but those of this store: what a run wrote after the checkpoint that it goes on from."""
         for client, written in self._files():

@@ -217,8 +217,12 @@ class Rounds(ABC):
         if not all(isfinite(loss) for loss in answer.losses):
             tally.dropped[client] = "its loss was not finite"
             return None
+        member = self.trainers[client]
         try:
-            return self.wire.unpack_update(answer.payload, self.trainers[client], broadcast, self.template)
+            update = self.wire.unpack_update(answer.payload, member, broadcast, self.template)
+            if update.examples > member.examples:
+                raise WireError(f"it says that it is of {update.examples} examples; the client has {member.examples}")
+            return update
         except WireError as error:
             tally.dropped[client] = f"its update was refused: {error}"
             return None

@@ -30,6 +30,7 @@ TYPES: Mapping[str, torch.dtype] = {
     "int16": torch.int16,
     "int32": torch.int32,
     "int64": torch.int64,
+    "bool": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in TYPES.items()}
 
@@ -124,6 +125,8 @@ def _checked_size(entry: Entry, limits: Limits) -> int:
     if not isinstance(entry.data, bytes) or len(entry.data) != expected:
         there = len(entry.data) if isinstance(entry.data, bytes) else type(entry.data).__name__
         raise WireError(f"{entry.name!r} has {there} bytes; {entry.dtype} {list(shape)} takes {expected}")
+    if entry.dtype == "bool" and entry.data.strip(b"\0\1"):
+        raise WireError(f"{entry.name!r} has bytes that are no bool")
     return expected
 
 

@@ -1,0 +1,183 @@
+"""A deployed server: the same rounds as a simulation's, with the clients at sites that answer letters, or do not."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import fslora
+from fslora.clients import Answer, Request
+from fslora.deploy.letters import Hello, Order, Results, Task, opened, payloads_of, sealed
+from fslora.deploy.records import Limits, Record
+from fslora.deploy.site import answer_of
+from fslora.errors import ConfigError, TrainingError, WireError
+from fslora.prepare import Federation
+from fslora.rounds import Rounds, Watcher
+from fslora.runfolder import RunFolder
+from fslora.types import Round, ServerState
+
+
+class Transport(Protocol):
+    """How letters reach sites. A site is known by its name, never by a transport's own number for it."""
+
+    def sites(self) -> Mapping[str, Hello]:
+        """Returns who can be written to now."""
+
+    def send(self, letters: Mapping[str, Record], round: int) -> None:
+        """Sends each site its letter; answers to earlier ones are not waited for any more."""
+
+    def poll(self) -> Iterable[tuple[str, Record | str]]:
+        """Returns the answers that came since: a site's letter, or the reason why there will be none."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a round waits."""
+
+    deadline: float = 600.0
+    """Seconds."""
+    quorum: float = 0.5
+    """The share of the cohort whose answers are enough once the deadline has passed."""
+    poll: float = 0.2
+    """Seconds between looks."""
+
+
+class Deployed(Rounds):
+    """Runs a federation's rounds with clients at sites."""
+
+    def __init__(
+        self,
+        federation: Federation,
+        folder: RunFolder,
+        watcher: Watcher,
+        transport: Transport,
+        run: str,
+        patience: Patience | None = None,
+    ) -> None:
+        super().__init__(federation, folder, watcher)
+        self.transport = transport
+        self.run_name = run
+        self.patience = patience or Patience()
+        self.limits = Limits(nbytes=2**26 + 64 * max(1, self.initial_state().nbytes) * max(1, len(self.trainers)))
+        self.known: dict[int, int] = {}
+        """Client → the rounds after which an update of its own was last used."""
+
+    def run(self) -> ServerState:
+        """Runs every round that is not in the folder's checkpoint; what sites know is what its metrics say."""
+        self.known = known_by(self.folder, self.folder.rounds_done)
+        return super().run()
+
+    def keep(self, answer: Answer, rounds: int) -> None:
+        """Notes that this client's answer was used: what it keeps is of this round from now on."""
+        self.known[answer.client] = rounds
+
+    def exchange(
+        self, requests: Iterator[Request], state: ServerState, plan: Round, lr: float
+    ) -> Generator[Answer, None, None]:
+        """Yields the clients' answers by id, whatever the order in which they came; also those that did not come."""
+        del state  # the base is changed at the sites, by what they are told of it
+        at = {member.id: site for site, hello in self.transport.sites().items() for member in hello.members}
+        answers: dict[int, Answer] = {}
+        groups: defaultdict[str, list[Request]] = defaultdict(list)
+        for request in requests:
+            client = request.client.id
+            if client in at:
+                groups[at[client]].append(request)
+            else:
+                answers[client] = Answer(client, refused="its site is not connected")
+        letters = {site: self._letter(asked, plan, lr) for site, asked in groups.items()}
+        asked = {site: [request.client.id for request in group] for site, group in groups.items()}
+        self.transport.send(letters, plan.number)
+        for site, reply in self._replies(set(letters), asked, plan):
+            answers.update(self._read(site, reply, asked[site], plan))
+        for client in sorted(answers):
+            yield answers[client]
+
+    def _letter(self, requests: list[Request], plan: Round, lr: float) -> Record:
+        orders = tuple(
+            Order(client=r.client.id, known=self.known.get(r.client.id, 0), header=r.payload.header) for r in requests
+        )
+        durable = self.folder.rounds_done
+        task = Task(run=self.run_name, round=plan.number, lr=lr, durable=durable, orders=orders)
+        return sealed(task, {request.client.id: request.payload for request in requests})
+
+    def _replies(
+        self, waiting: set[str], asked: Mapping[str, list[int]], plan: Round
+    ) -> Iterator[tuple[str, Record | str]]:
+        """Yields what comes until all have answered, or the deadline has passed and a quorum has.
+
+        Raises:
+            TrainingError: The deadline has passed without a quorum.
+        """
+        patience, began, total = self.patience, time.monotonic(), len(plan.cohort)
+        came = 0
+        while waiting:
+            for site, reply in self.transport.poll():
+                if site in waiting:
+                    waiting.discard(site)
+                    came += 0 if isinstance(reply, str) else len(asked[site])
+                    yield site, reply
+            if waiting and time.monotonic() - began > patience.deadline:
+                if came < patience.quorum * total:
+                    raise TrainingError(
+                        f"round {plan.number + 1}: {came} of {total} clients answered within {patience.deadline:g} s, "
+                        f"and the quorum is {patience.quorum:g} (sites still silent: {', '.join(sorted(waiting))}). "
+                        f"The rounds before are in {self.folder.path}; resume it, with a longer --deadline if need be"
+                    )
+                for site in sorted(waiting):
+                    yield site, f"no answer within {patience.deadline:g} s"
+                return
+            if waiting:
+                time.sleep(patience.poll)
+
+    def _read(self, site: str, reply: Record | str, asked: list[int], plan: Round) -> dict[int, Answer]:
+        """Returns the answers in a site's letter: one for each client that was asked, and for no other."""
+        try:
+            if isinstance(reply, str):
+                raise WireError(reply)
+            head, arrays = opened(Results, reply, self.limits)
+            if (head.run, head.round) != (self.run_name, plan.number):
+                raise WireError(f"it is about round {head.round + 1} of run {head.run}")
+            payloads = payloads_of(head.results, arrays)
+        except WireError as error:
+            return {client: Answer(client, refused=f"site {site}: {error}") for client in asked}
+        results = {result.client: result for result in head.results}
+        return {
+            client: answer_of(results[client], payloads.get(client))
+            if client in results
+            else Answer(client, refused=f"site {site} did not answer for it")
+            for client in asked
+        }
+
+
+def known_by(folder: RunFolder, rounds: int) -> dict[int, int]:
+    """Returns client → the rounds after which an update of it was last used, from the metrics up to ``rounds``."""
+    known: dict[int, int] = {}
+    for row in folder.metrics(rounds):
+        known.update(dict.fromkeys(map(int, row.get("client_loss", ())), row["round"]))
+    return known
+
+
+def check_hello(hello: Hello, federation: Federation, digest: str) -> None:
+    """Raises ConfigError where a site cannot take part, naming what differs and the remedy."""
+    site = f"site {hello.site!r}"
+    if hello.version != fslora.__version__:
+        raise ConfigError(f"{site} has fslora {hello.version}, the server {fslora.__version__}; install the same")
+    if hello.experiment != digest:
+        raise ConfigError(f"{site} was told another experiment (digest {hello.experiment}, here {digest})")
+    if hello.data != federation.sites.partition.digest:
+        raise ConfigError(
+            f"{site} has other data, or divides them otherwise (digest {hello.data}, here "
+            f"{federation.sites.partition.digest}); check data.source there"
+        )
+    fleet = federation.trainers
+    for member in hello.members:
+        there = fleet[member.id] if member.id < len(fleet) else None
+        if there is None or (there.rank, there.examples) != (member.rank, member.examples):
+            raise ConfigError(
+                f"{site} says that client {member.id} has rank {member.rank} and {member.examples} examples; the "
+                f"experiment says {there}"
+            )
