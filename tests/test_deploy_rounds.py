@@ -58,7 +58,7 @@ def world(settings, tmp_path):
     def make(*more: str, folder="sites", storage="storage", patience=NOW, **options):
         federation = WORKSHOP.federation(config.load(None, [*settings, *more]))
         workers = [
-            SiteWorker(name, federation, frozenset(members), tmp_path / storage / name, "digest")
+            SiteWorker(name, federation, frozenset(members), tmp_path / storage / name)
             for name, members in SITES.items()
         ]
         path = tmp_path / folder

@@ -22,6 +22,7 @@ from fslora.errors import ArtifactError, ConfigError, FsloraError
 
 if TYPE_CHECKING:
     from fslora.compare import Ledger
+    from fslora.runfolder import RunFolder
 
 app = typer.Typer(
     name="fslora",
@@ -31,6 +32,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+deploy = typer.Typer(
+    help="Carry out an experiment at sites that keep their data, through Flower.", no_args_is_help=True
+)
+app.add_typer(deploy, name="deploy")
 
 ExperimentFile = Annotated[
     Path | None, typer.Argument(help="TOML file; without one, the embedded default.", show_default=False)
@@ -340,6 +346,95 @@ def init(
         _print_json({"file": str(to)})
     else:
         print(to if quiet else f"{to} written; run it with `fslora run {to}`")
+
+
+Deadline = Annotated[float, typer.Option(min=1, help="Seconds that a round waits for its clients' answers.")]
+Quorum = Annotated[
+    float, typer.Option(min=0, max=1, help="Share of a round's clients that is enough once the deadline has passed.")
+]
+Wait = Annotated[float, typer.Option(min=0, help="Seconds to wait for the sites before the first round.")]
+Resume = Annotated[
+    Path | None,
+    typer.Option(metavar="RUN", help="Continue the deployed run of this folder.", show_default=False),
+]
+DeployOut = Annotated[Path | None, typer.Option(help="Run folder [default: runs/TIME-METHOD].", show_default=False)]
+
+
+@deploy.command("local")
+def deploy_local(
+    experiment: ExperimentFile = None,
+    sites: Annotated[int, typer.Option(min=1, help="Number of sites; clients are dealt to them in turn.")] = 3,
+    secure: Annotated[bool, typer.Option(help="TLS, and a key for each site.")] = True,
+    deadline: Deadline = 600.0,
+    quorum: Quorum = 0.5,
+    wait: Wait = 300.0,
+    resume: Resume = None,
+    overrides: Overrides = None,
+    out: DeployOut = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Bring up a server and sites as processes on this machine, run, and end them: to try it in one command."""
+    from fslora.deploy import launch
+
+    folder = _deployed_folder(experiment, overrides, resume, out)
+    waits = launch.Waits(deadline, quorum, wait)
+    with _deploy_interruptible(folder.path, "local"):
+        launch.local(folder, sites, secure, waits, _terminal(quiet or as_json))
+    _print_closing(folder.path, as_json, quiet)
+
+
+@deploy.command("run")
+def deploy_run(
+    experiment: ExperimentFile = None,
+    federation: Annotated[str, typer.Option(help="Name of a SuperLink in Flower's config.toml.")] = "local",
+    deadline: Deadline = 600.0,
+    quorum: Quorum = 0.5,
+    wait: Wait = 300.0,
+    resume: Resume = None,
+    overrides: Overrides = None,
+    out: DeployOut = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Start a run on an existing SuperLink on this machine, and follow it."""
+    from fslora.deploy import launch
+
+    folder = _deployed_folder(experiment, overrides, resume, out)
+    waits = launch.Waits(deadline, quorum, wait)
+    with _deploy_interruptible(folder.path, "run"):
+        launch.remote(folder, federation, waits, _terminal(quiet or as_json))
+    _print_closing(folder.path, as_json, quiet)
+
+
+def _deployed_folder(
+    experiment: Path | None, overrides: list[str] | None, resume: Path | None, out: Path | None
+) -> RunFolder:
+    """Returns the folder of a new run, or of the one to continue."""
+    from fslora import config
+    from fslora.deploy import bundle, launch
+    from fslora.runfolder import RunFolder
+
+    bundle.require_flower()
+    if resume is not None:
+        if experiment or overrides or out:
+            raise ConfigError("--resume takes the experiment from its folder; leave the file, --set and --out away")
+        return RunFolder.open(resume)
+    chosen = config.load(experiment, overrides or ())
+    path = out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{chosen.method.name}"
+    return launch.prepare(chosen, path)
+
+
+@contextmanager
+def _deploy_interruptible(path: Path, kind: str) -> Iterator[None]:
+    """Says how to go on when following a run is stopped."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(
+            f"\nstopped; {path} holds what was done. Go on with: fslora deploy {kind} --resume {path}", file=sys.stderr
+        )
+        raise
 
 
 @app.command()

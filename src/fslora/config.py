@@ -644,6 +644,14 @@ def parse_override(item: str) -> dict[str, Any]:
     return value
 
 
+def parse_toml(text: str) -> dict[str, Any]:
+    """Returns the tables of a TOML text that ``to_toml`` wrote."""
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"the experiment is not valid TOML: {error}") from None
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))

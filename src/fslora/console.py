@@ -13,7 +13,7 @@ from rich.text import Text
 from fslora.metrics import METRICS
 from fslora.report.merit import short, value_text
 from fslora.report.text import byte_text
-from fslora.simulate import Watcher
+from fslora.rounds import Watcher
 
 FACTS = ("loss", "score", "sent", "dropped")
 """In the order in which the bar shows them; together they fit a terminal of 80 columns."""

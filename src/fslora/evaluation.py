@@ -18,9 +18,9 @@ from fslora.report.merit import LOSS, value_text
 from fslora.report.read import parse_metric, score
 from fslora.report.tables import label_rows
 from fslora.report.text import NONE
+from fslora.rounds import served
 from fslora.runfolder import RunFolder
 from fslora.runner import Stage, Untrained, by_label, client_scores, read_adapters, scored, write_adapter
-from fslora.simulate import served
 from fslora.types import Adapter
 
 

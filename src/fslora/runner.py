@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,8 +26,9 @@ from fslora.memory import forget_peak_memory, peak_memory
 from fslora.metrics import Scores
 from fslora.objectives import Predictions, joined
 from fslora.prepare import Federation, Workshop
+from fslora.rounds import Rounds, Watcher
 from fslora.runfolder import RunFolder
-from fslora.simulate import Simulation, Watcher
+from fslora.simulate import Simulation
 from fslora.types import Adapter, ServerState
 
 
@@ -77,7 +78,7 @@ def carry_out(experiment: Experiment, folder: RunFolder, workshop: Workshop, sta
     try:
         untrained = None
         if not folder.finished:
-            untrained = _run_one(federation, folder, experiment.method.name, None, stage)
+            untrained = run_one(federation, folder, experiment.method.name, None, stage)
         for name in experiment.variants:
             varied = experiment.variant(name)
             inside = folder.variant(name)
@@ -87,7 +88,7 @@ def carry_out(experiment: Experiment, folder: RunFolder, workshop: Workshop, sta
             inside.write_text("experiment.toml", to_toml(varied))
             if other.sites is not federation.sites:
                 inside.write_json("data.json", other.describe())
-            untrained = _run_one(other, inside, name, untrained, stage)
+            untrained = run_one(other, inside, name, untrained, stage)
     except BaseException:
         with suppress(FsloraError):  # the page must not hide what stopped the run
             write_report(folder)
@@ -176,35 +177,46 @@ def run_cell(
     return untrained
 
 
-def _run_one(federation: Federation, folder: RunFolder, name: str, known: Untrained | None, stage: Stage) -> Untrained:
+Make = Callable[[Federation, RunFolder, Watcher], Rounds]
+"""Makes the rounds of a run: a simulation's, or those of a server with clients elsewhere."""
+
+
+def run_one(
+    federation: Federation,
+    folder: RunFolder,
+    name: str,
+    known: Untrained | None,
+    stage: Stage,
+    make: Make = Simulation,
+) -> Untrained:
     """Runs one method to its end and writes its adapter and summary; returns the scores before training."""
     metric = federation.sites.metric.name
     with stage.rounds(name, folder.rounds_done, federation.experiment.run.rounds, metric) as watcher:
-        simulation = Simulation(federation, folder, watcher)
+        rounds = make(federation, folder, watcher)
         try:
-            state = simulation.run()
+            state = rounds.run()
         except KeyboardInterrupt:
-            _leave_usable(simulation)
+            _leave_usable(rounds)
             raise
     untrained = Untrained.of(federation, known)
-    _finish(simulation, state, untrained)
+    _finish(rounds, state, untrained)
     return untrained
 
 
-def _finish(simulation: Simulation, state: ServerState, untrained: Untrained) -> None:
+def _finish(rounds: Rounds, state: ServerState, untrained: Untrained) -> None:
     """Writes the adapter and the summary of a run that has come to its end."""
-    adapters, folder = simulation.served(state), simulation.folder
-    write_adapters(simulation.federation, adapters, folder.path / "adapter", len(folder.metrics()) - 1)
-    folder.write_json("summary.json", _summary(simulation, adapters, untrained.scored))
+    adapters, folder = rounds.served(state), rounds.folder
+    write_adapters(rounds.federation, adapters, folder.path / "adapter", len(folder.metrics()) - 1)
+    folder.write_json("summary.json", _summary(rounds, adapters, untrained.scored))
 
 
-def _leave_usable(simulation: Simulation) -> None:
+def _leave_usable(rounds: Rounds) -> None:
     """After an interruption: the adapter of the newest checkpoint, so that the folder is of use as it is."""
-    folder = simulation.folder
+    folder = rounds.folder
     newest = folder.load_checkpoint()
     if newest is not None:
-        rounds, state, simulation.memories = newest
-        write_adapters(simulation.federation, simulation.served(state), folder.path / "adapter", rounds)
+        done, state, rounds.memories = newest
+        write_adapters(rounds.federation, rounds.served(state), folder.path / "adapter", done)
 
 
 def write_adapters(federation: Federation, adapters: Sequence[Adapter], to: Path, rounds: int) -> None:
@@ -258,15 +270,15 @@ ranks {sorted({client.rank for client in sites.fleet})}, server rank {experiment
 """
 
 
-def _summary(simulation: Simulation, adapters: Sequence[Adapter], before: Scored) -> dict[str, Any]:
-    federation, folder = simulation.federation, simulation.folder
+def _summary(rounds: Rounds, adapters: Sequence[Adapter], before: Scored) -> dict[str, Any]:
+    federation, folder = rounds.federation, rounds.folder
     rows = [row for row in folder.metrics() if row["round"] > 0]
     after = scored(federation, adapters)
     return {
         "method": federation.experiment.method.name,
         "personal": federation.experiment.method.personal,
         "rounds": len(rows),
-        "finished": simulation.spent(rows[-1]) >= 1 or len(rows) == federation.experiment.run.rounds,
+        "finished": rounds.spent(rows[-1]) >= 1 or len(rows) == federation.experiment.run.rounds,
         "metric": federation.sites.metric.name,
         "test": {"before": before.test, "after": after.test},
         "by_label": by_label(before, after),

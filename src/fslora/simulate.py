@@ -6,11 +6,9 @@ from collections.abc import Generator, Iterator
 
 from fslora.clients import Answer, Clients, Request
 from fslora.prepare import Federation
-from fslora.rounds import Rounds, Tally, Watcher, served
+from fslora.rounds import Rounds, Watcher
 from fslora.runfolder import RunFolder
 from fslora.types import Round, ServerState
-
-__all__ = ["Simulation", "Tally", "Watcher", "served"]
 
 
 class Simulation(Rounds):

@@ -16,9 +16,9 @@ from fslora.config import Experiment, load, to_toml
 from fslora.errors import FsloraError
 from fslora.report.merit import outcome_text
 from fslora.report.read import score
+from fslora.rounds import Watcher
 from fslora.runfolder import RunFolder
 from fslora.runner import environment
-from fslora.simulate import Watcher
 
 PATIENCE = 0.5
 """Seconds between two looks at how far the workers are."""

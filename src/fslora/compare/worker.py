@@ -25,9 +25,9 @@ from fslora.console import Silent
 from fslora.errors import ArtifactError, FsloraError
 from fslora.prepare import Workshop
 from fslora.report.text import plain
+from fslora.rounds import Watcher
 from fslora.runfolder import RunFolder
 from fslora.runner import Untrained, run_cell
-from fslora.simulate import Watcher
 
 
 class Bench:

@@ -17,10 +17,9 @@ from pathlib import Path
 
 import torch
 
-import fslora
 from fslora.clients import Answer, Clients, Request
 from fslora.clientstore import ClientStore
-from fslora.deploy.letters import Hello, Member, Order, Result, Results, Task, opened, payloads_of, sealed
+from fslora.deploy.letters import Order, Result, Results, Task, opened, payloads_of, sealed
 from fslora.deploy.records import Limits, Record
 from fslora.errors import WireError
 from fslora.methods.baselog import summed
@@ -53,31 +52,14 @@ class BaseLog:
 class SiteWorker:
     """Trains the clients of one site."""
 
-    def __init__(self, name: str, federation: Federation, members: frozenset[int], storage: Path, digest: str) -> None:
+    def __init__(self, name: str, federation: Federation, members: frozenset[int], storage: Path) -> None:
         self.name = name
         self.federation = federation
         self.method = federation.experiment.method
         self.members = members
         self.storage = storage
-        self.digest = digest
         self.clients = Clients(federation, wire_of(federation))
         self.limits = Limits()
-
-    def hello(self) -> Record:
-        """Returns how the site introduces itself: its clients' ids, ranks and numbers of examples, no data."""
-        fleet = self.federation.trainers
-        members = tuple(
-            Member(id=c.id, rank=c.rank, examples=c.examples) for c in (fleet[i] for i in sorted(self.members))
-        )
-        return sealed(
-            Hello(
-                site=self.name,
-                version=fslora.__version__,
-                experiment=self.digest,
-                data=self.federation.sites.partition.digest,
-                members=members,
-            )
-        )
 
     def train(self, letter: Record) -> Record:
         """Returns the answer to a task.

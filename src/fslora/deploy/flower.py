@@ -1,0 +1,152 @@
+"""Letters over Flower (1.41): records as messages, and a transport on its ``Grid``.
+
+Flower's own strategies are not used: none of them survives adapters of unequal shapes. What was measured and decides
+the form here: messages are given as a list (a generator fails in deployment), answers are told apart by the message
+they answer (an error on behalf of a dead node comes from another node), and a node that is slow sends nothing at all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+
+from fslora.deploy.letters import Hello, opened
+from fslora.deploy.records import VERSION, Entry, Record
+from fslora.errors import FsloraError, WireError
+
+STYPE = "fslora.bytes"
+"""How an array's bytes are to be read: by `fslora.deploy.records`. Flower's own readers refuse an unknown one."""
+ARRAYS, LETTER = "arrays", "letter"
+HELLO = "query.hello"
+TRAIN = "train"
+HELLO_SECONDS = 120.0
+"""How long a node may take to introduce itself before it is asked again."""
+
+
+def to_flower(record: Record) -> RecordDict:
+    """Returns a record as the content of a message."""
+    arrays = {entry.name: Array(entry.dtype, entry.shape, STYPE, entry.data) for entry in record.entries}
+    letter = ConfigRecord({"version": record.version, "header": record.header})
+    return RecordDict({ARRAYS: ArrayRecord(array_dict=arrays), LETTER: letter})
+
+
+def from_flower(content: RecordDict) -> Record:
+    """Returns the record of a message that came; what it says is checked where it is opened.
+
+    Raises:
+        WireError: It holds something else.
+    """
+    if set(content.keys()) != {ARRAYS, LETTER}:
+        raise WireError(f"it holds {sorted(map(str, content.keys()))[:5]}, not {ARRAYS} and {LETTER}")
+    arrays, letter = content[ARRAYS], content[LETTER]
+    if not isinstance(arrays, ArrayRecord) or not isinstance(letter, ConfigRecord):
+        raise WireError(f"its {ARRAYS} or {LETTER} are of another kind of record")
+    if set(letter) != {"version", "header"}:
+        raise WireError(f"its {LETTER} holds {sorted(map(str, letter))[:5]}, not version and header")
+    entries = []
+    for name, array in arrays.items():
+        if array.stype != STYPE:
+            raise WireError(f"{name[:40]!r} is written as {array.stype[:40]!r}, not as {STYPE!r}")
+        entries.append(Entry(name, array.dtype, tuple(array.shape), array.data))
+    version: Any = letter["version"]
+    header: Any = letter["header"]
+    return Record(tuple(entries), header, version if isinstance(version, int) else VERSION - 1)
+
+
+class FlowerTransport:
+    """Sites at the nodes of a Flower federation, known by the name that they introduce themselves with.
+
+    Args:
+        grid: Flower's.
+        check: Raises where a site that introduced itself cannot take part.
+        note: Is told of sites that come, go, or cannot take part.
+    """
+
+    def __init__(self, grid: Any, check: Callable[[Hello], None], note: Callable[[str], None]) -> None:
+        self._grid = grid
+        self._check = check
+        self._note = note
+        self._hellos: dict[int, Hello] = {}
+        """Node → who it said it is. A node that restarts comes back as another one."""
+        self._asked: dict[str, tuple[int, float]] = {}
+        """Message → the node that was asked who it is, and when."""
+        self._refused: set[int] = set()
+        self._open: dict[str, str] = {}
+        """Message → the site whose answer it waits for."""
+
+    def sites(self) -> Mapping[str, Hello]:
+        """Returns the sites whose nodes are online and have introduced themselves."""
+        return {hello.site: hello for _, hello in sorted(self._online().items())}
+
+    def wait(self, clients: int, seconds: float, pause: float = 0.5) -> int:
+        """Waits until so many clients are there, at most so long; returns how many are."""
+        until = time.monotonic() + seconds
+        while True:
+            there = len({member.id for hello in self.sites().values() for member in hello.members})
+            if there >= clients or time.monotonic() > until:
+                return there
+            time.sleep(pause)
+
+    def send(self, letters: Mapping[str, Record], round: int) -> None:
+        """Sends each site its letter, in one message."""
+        self._open = {}
+        nodes = {hello.site: node for node, hello in sorted(self._online().items())}
+        there = [site for site in letters if site in nodes]
+        messages = [Message(to_flower(letters[site]), nodes[site], TRAIN, group_id=str(round + 1)) for site in there]
+        for site, sent in zip(there, self._grid.push_messages(messages), strict=True):
+            self._open[sent] = site
+
+    def poll(self) -> Iterable[tuple[str, Record | str]]:
+        """Returns the answers that came since, and errors in the place of answers."""
+        came: list[tuple[str, Record | str]] = []
+        for reply in self._grid.pull_messages(list(self._open)) if self._open else ():
+            site = self._open.pop(reply.metadata.reply_to_message_id, None)
+            if site is not None:
+                came.append((site, _read(reply)))
+        return came
+
+    def _online(self) -> dict[int, Hello]:
+        """Asks nodes that are new who they are, and returns those that have said it, in the order in which they did."""
+        online = set(self._grid.get_node_ids())
+        self._hear()
+        now = time.monotonic()
+        waiting = {node for node, asked in self._asked.values() if now - asked < HELLO_SECONDS}
+        new = sorted(online - self._hellos.keys() - self._refused - waiting)
+        if new:
+            empty = to_flower(Record((), "{}"))
+            messages = [Message(empty, node, HELLO, group_id="hello") for node in new]
+            self._asked.update(
+                {sent: (node, now) for sent, node in zip(self._grid.push_messages(messages), new, strict=True)}
+            )
+        return {node: hello for node, hello in self._hellos.items() if node in online}
+
+    def _hear(self) -> None:
+        for reply in self._grid.pull_messages(list(self._asked)) if self._asked else ():
+            node, _ = self._asked.pop(reply.metadata.reply_to_message_id, (None, 0.0))
+            if node is None:
+                continue
+            try:
+                answer = _read(reply)
+                if isinstance(answer, str):
+                    raise WireError(answer)
+                hello, _ = opened(Hello, answer)
+                self._check(hello)
+            except FsloraError as error:
+                self._refused.add(node)
+                self._note(f"a site cannot take part: {error}")
+                continue
+            self._hellos[node] = hello
+            self._note(f"site {hello.site} is there, with clients {[member.id for member in hello.members]}")
+
+
+def _read(reply: Any) -> Record | str:
+    """Returns the record of a message, or why there is none."""
+    if reply.has_error():
+        return f"{(reply.error.reason or 'no reason given').strip()[:400]} (Flower's error {reply.error.code})"
+    try:
+        return from_flower(reply.content)
+    except WireError as error:
+        return str(error)

@@ -1,0 +1,136 @@
+"""Starting a run and following it: on an existing SuperLink, or with a whole federation on this machine."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fslora import config, runner
+from fslora.config import Experiment
+from fslora.deploy.bundle import require_flower, run_status, submit
+from fslora.deploy.lab import CONNECTION, Lab
+from fslora.deploy.serve import STATUS, check
+from fslora.deploy.settings import OWN_DATA, RunSettings, SiteSettings
+from fslora.errors import ConfigError, TrainingError
+from fslora.prepare import prepare_sites
+from fslora.runfolder import RunFolder
+from fslora.runner import Stage
+
+LOOK = 0.5
+"""Seconds between looks at the run folder."""
+ASK = 15.0
+"""Seconds between questions to Flower: its server process may have ended without a word."""
+
+
+@dataclass(frozen=True)
+class Waits:
+    """How long a deployed run waits, and for how many."""
+
+    deadline: float = 600.0
+    quorum: float = 0.5
+    sites: float = 300.0
+
+
+def prepare(experiment: Experiment, path: Path) -> RunFolder:
+    """Returns a new run folder of an experiment, without its variants: one run is deployed at a time."""
+    alone = experiment.model_copy(update={"variants": {}})
+    check(alone)
+    prepare_sites(alone)
+    folder = RunFolder.create(path)
+    folder.write_text("experiment.toml", config.to_toml(alone))
+    folder.write_json("environment.json", runner.environment())
+    return folder
+
+
+def settings_of(folder: RunFolder, waits: Waits) -> RunSettings:
+    """Returns what a run is told; one that is resumed keeps its name, and with it what sites have kept."""
+    before = folder.read_json(STATUS) or {}
+    name = str(before.get("run") or f"run-{uuid.uuid4().hex[:12]}")
+    return RunSettings(
+        run=name,
+        experiment=(folder.path / "experiment.toml").read_text(encoding="utf-8"),
+        folder=str(folder.path.resolve()),
+        deadline=waits.deadline,
+        quorum=waits.quorum,
+        wait=waits.sites,
+    )
+
+
+def local(folder: RunFolder, count: int, secure: bool, waits: Waits, stage: Stage) -> None:
+    """Carries out a run with a SuperLink and SuperNodes on this machine, and ends them however it ends."""
+    require_flower()
+    settings = settings_of(folder, waits)
+    experiment = settings.parsed()
+    stage.note(f"Starting a SuperLink and {count} SuperNodes{' with TLS and keys' if secure else ''} ...")
+    with Lab(local_sites(experiment, folder, count), folder.path / "logs", secure) as lab:
+        _run(folder, settings, CONNECTION, lab.home, stage, lab.check)
+
+
+def remote(folder: RunFolder, connection: str, waits: Waits, stage: Stage) -> None:
+    """Carries out a run on a SuperLink that is there, by the name of its connection in Flower's config.toml."""
+    require_flower()
+    _run(folder, settings_of(folder, waits), connection, None, stage, lambda: None)
+
+
+def local_sites(experiment: Experiment, folder: RunFolder, count: int) -> dict[str, SiteSettings]:
+    """Returns what each site is told: clients dealt in turn, and a folder of its own below the run's."""
+    clients = experiment.fleet.clients
+    if not 1 <= count <= clients:
+        raise ConfigError(f"--sites is {count}; there are {clients} clients, so give 1 to {clients}")
+    return {
+        f"site-{number}": SiteSettings(
+            site=f"site-{number}",
+            clients=",".join(map(str, range(number - 1, clients, count))),
+            storage=str((folder.path / "sites" / f"site-{number}").resolve()),
+            data=OWN_DATA,
+        )
+        for number in range(1, count + 1)
+    }
+
+
+def _run(
+    folder: RunFolder,
+    settings: RunSettings,
+    connection: str,
+    home: Path | None,
+    stage: Stage,
+    alive: Callable[[], None],
+) -> None:
+    # What an earlier attempt said must not be taken for this one's; the name of the run stays.
+    folder.write_json(STATUS, {"run": settings.run, "state": "submitted", "error": "", "notes": []})
+    with tempfile.TemporaryDirectory(prefix="fslora-bundle-") as scratch:
+        number = submit(settings, connection, Path(scratch), home)
+    stage.note(f"Flower's run {number}; logs and results in {folder.path}")
+    experiment = settings.parsed()
+    with stage.rounds(experiment.method.name, folder.rounds_done, experiment.run.rounds, None) as watcher:
+        seen, told, asked = folder.rounds_done, 0, time.monotonic()
+        while True:
+            status = folder.read_json(STATUS) or {}
+            for note in status.get("notes", [])[told:]:
+                stage.note(note)
+                told += 1
+            for row in folder.metrics() if (folder.path / "metrics.jsonl").is_file() else ():
+                if row["round"] > seen:
+                    watcher.round_done(row)
+                    seen = row["round"]
+            if status.get("state") == "done":
+                return
+            if status.get("state") == "failed":
+                raise TrainingError(f"the run has failed: {status['error']}")
+            alive()
+            if time.monotonic() - asked > ASK:
+                asked = time.monotonic()
+                said = run_status(number, connection, home)
+                if said.startswith("finished") and (folder.read_json(STATUS) or {}).get("state") not in (
+                    "done",
+                    "failed",
+                ):
+                    raise TrainingError(
+                        f"Flower says that run {number} is {said}, but it has not come to its end in {folder.path}; "
+                        f"see `flwr log {number}` and {folder.path / 'logs'}"
+                    )
+            time.sleep(LOOK)
