@@ -8,6 +8,7 @@ they answer (an error on behalf of a dead node comes from another node), and a n
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fslora.deploy.letters import Hello, opened
 from fslora.deploy.records import VERSION, Entry, Record
-from fslora.errors import FsloraError, WireError
+from fslora.errors import ConfigError, FsloraError, WireError
 
 STYPE = "fslora.bytes"
 """How an array's bytes are to be read: by `fslora.deploy.records`. Flower's own readers refuse an unknown one."""
@@ -24,6 +25,8 @@ HELLO = "query.hello"
 TRAIN = "train"
 HELLO_SECONDS = 120.0
 """How long a node may take to introduce itself before it is asked again."""
+TRIES = 3
+"""How often a node may fail to introduce itself."""
 
 
 def to_flower(record: Record) -> RecordDict:
@@ -73,13 +76,16 @@ class FlowerTransport:
         """Node → who it said it is. A node that restarts comes back as another one."""
         self._asked: dict[str, tuple[int, float]] = {}
         """Message → the node that was asked who it is, and when."""
-        self._refused: set[int] = set()
+        self._refused: Counter[int] = Counter()
+        """Node → how often it failed to introduce itself."""
         self._open: dict[str, str] = {}
         """Message → the site whose answer it waits for."""
+        self._gone: list[str] = []
+        """Sites that went before their letter could be sent."""
 
     def sites(self) -> Mapping[str, Hello]:
         """Returns the sites whose nodes are online and have introduced themselves."""
-        return {hello.site: hello for _, hello in sorted(self._online().items())}
+        return {hello.site: hello for hello in self._online().values()}
 
     def wait(self, clients: int, seconds: float, pause: float = 0.5) -> int:
         """Waits until so many clients are there, at most so long; returns how many are."""
@@ -93,15 +99,17 @@ class FlowerTransport:
     def send(self, letters: Mapping[str, Record], round: int) -> None:
         """Sends each site its letter, in one message."""
         self._open = {}
-        nodes = {hello.site: node for node, hello in sorted(self._online().items())}
+        nodes = {hello.site: node for node, hello in self._online().items()}
         there = [site for site in letters if site in nodes]
+        self._gone = [site for site in letters if site not in nodes]
         messages = [Message(to_flower(letters[site]), nodes[site], TRAIN, group_id=str(round + 1)) for site in there]
         for site, sent in zip(there, self._grid.push_messages(messages), strict=True):
             self._open[sent] = site
 
     def poll(self) -> Iterable[tuple[str, Record | str]]:
         """Returns the answers that came since, and errors in the place of answers."""
-        came: list[tuple[str, Record | str]] = []
+        came: list[tuple[str, Record | str]] = [(site, "it has gone") for site in self._gone]
+        self._gone = []
         for reply in self._grid.pull_messages(list(self._open)) if self._open else ():
             site = self._open.pop(reply.metadata.reply_to_message_id, None)
             if site is not None:
@@ -109,12 +117,13 @@ class FlowerTransport:
         return came
 
     def _online(self) -> dict[int, Hello]:
-        """Asks nodes that are new who they are, and returns those that have said it, in the order in which they did."""
+        """Asks nodes that are new who they are, and returns those that have said it, newest last."""
         online = set(self._grid.get_node_ids())
         self._hear()
         now = time.monotonic()
         waiting = {node for node, asked in self._asked.values() if now - asked < HELLO_SECONDS}
-        new = sorted(online - self._hellos.keys() - self._refused - waiting)
+        refused = {node for node, times in self._refused.items() if times >= TRIES}
+        new = sorted(online - self._hellos.keys() - refused - waiting)
         if new:
             empty = to_flower(Record((), "{}"))
             messages = [Message(empty, node, HELLO, group_id="hello") for node in new]
@@ -128,18 +137,31 @@ class FlowerTransport:
             node, _ = self._asked.pop(reply.metadata.reply_to_message_id, (None, 0.0))
             if node is None:
                 continue
+            answer = _read(reply)
             try:
-                answer = _read(reply)
                 if isinstance(answer, str):
                     raise WireError(answer)
                 hello, _ = opened(Hello, answer)
                 self._check(hello)
+                self._check_alone(hello)
             except FsloraError as error:
-                self._refused.add(node)
+                # What it said will not be otherwise next time; that it could not speak may have passed.
+                self._refused[node] += 1 if isinstance(answer, str) else TRIES
                 self._note(f"a site cannot take part: {error}")
                 continue
+            self._hellos.pop(node, None)
             self._hellos[node] = hello
             self._note(f"site {hello.site} is there, with clients {[member.id for member in hello.members]}")
+
+    def _check_alone(self, hello: Hello) -> None:
+        """Refuses a client that another site holds; the same site at another node has been restarted."""
+        for other in self._hellos.values():
+            both = {member.id for member in hello.members} & {member.id for member in other.members}
+            if other.site != hello.site and both:
+                raise ConfigError(
+                    f"site {hello.site!r} says that it holds client {min(both)}, which is at site {other.site!r}; "
+                    "give every client to one site"
+                )
 
 
 def _read(reply: Any) -> Record | str:

@@ -1,0 +1,222 @@
+"""Through Flower's own messages and apps, in this process: a simulation's bits, errors, restarts, hostile replies."""
+
+from __future__ import annotations
+
+import csv
+import re
+
+import pytest
+
+pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fslora[flower]'")
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
+from hypothesis import given
+
+from flowergrid import Grid
+from fslora import config, runner
+from fslora.deploy import desk, serve
+from fslora.deploy.client_app import app
+from fslora.deploy.flower import FlowerTransport, from_flower, to_flower
+from fslora.deploy.launch import Waits, local_sites, prepare, settings_of
+from fslora.deploy.records import Record, to_payload, to_record
+from fslora.deploy.settings import RunSettings
+from fslora.errors import ConfigError, TrainingError, WireError
+from fslora.runfolder import RunFolder
+from fslora.wire import Payload
+from kit import World, assert_same_world
+from test_deploy_records import bits, names, tensors
+from test_run import Quiet
+
+
+@given(names, tensors())
+def test_a_record_passes_through_flower_unchanged(name, tensor):
+    record = to_record(Payload({name: tensor}, "{}"))
+    back = from_flower(to_flower(record))
+    assert back == record
+    assert bits(to_payload(back).tensors[name]) == bits(tensor)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (RecordDict(), "not arrays and letter"),
+        (RecordDict({"arrays": ArrayRecord(), "letter": ConfigRecord({"header": ""})}), "not version and header"),
+        (RecordDict({"arrays": ConfigRecord(), "letter": ConfigRecord()}), "another kind"),
+        (
+            RecordDict(
+                {
+                    "arrays": ArrayRecord(array_dict={"a": Array("float32", (1,), "numpy.ndarray", b"1234")}),
+                    "letter": ConfigRecord({"version": 1, "header": ""}),
+                }
+            ),
+            "is written as 'numpy.ndarray'",
+        ),
+    ],
+)
+def test_other_records_are_refused(content, reason):
+    with pytest.raises(WireError, match=reason):
+        from_flower(content)
+
+
+def test_a_version_that_is_no_number_is_refused():
+    content = to_flower(Record((), "{}"))
+    content["letter"]["version"] = "1"
+    with pytest.raises(WireError, match="install the same fslora"):
+        to_payload(from_flower(content))
+
+
+@pytest.fixture
+def federation(tiny_settings, tmp_path, monkeypatch):
+    """Options → a run with three sites at nodes 11 to 13, and the function that carries it out."""
+    monkeypatch.setattr(runner, "write_report", lambda folder: folder.path)
+    monkeypatch.setattr(serve, "Workshop", lambda: desk.WORKSHOP)  # one base for all: they are in one process
+
+    def make(*more, name="run", **waits):
+        experiment = config.load(None, [*tiny_settings, "run.rounds=2", "engine.chunk=1", *more])
+        folder = prepare(experiment, tmp_path / name)
+        settings = RunSettings(**{**settings_of(folder, WAITS).model_dump(), **waits})
+        sites = local_sites(settings.parsed(), folder, 3)
+        nodes = {10 + n: site.model_dump() for n, site in enumerate(sites.values(), start=1)}
+        grid = Grid(app, settings.to_config(), nodes)
+
+        def carry_out():
+            serve.serve(settings, lambda check, note: FlowerTransport(grid, check, note))
+            return folder
+
+        return grid, folder, carry_out
+
+    return make
+
+
+WAITS = Waits(deadline=0.01, quorum=0.25, sites=0.6)
+
+
+def simulated(folder: RunFolder, to) -> RunFolder:
+    """The same experiment in one process."""
+    runner.start(config.load(folder.path / "experiment.toml"), to, Quiet())
+    return RunFolder.open(to)
+
+
+def state_of(folder: RunFolder) -> World:
+    return World(folder.load_checkpoint()[1])
+
+
+@pytest.mark.parametrize("method", ["fslora", "flora"])
+def test_a_run_through_flower_ends_with_the_bits_of_a_simulation(federation, tmp_path, method):
+    grid, folder, carry_out = federation(f"method.name={method}")
+    grid.arrival = lambda messages: messages[::-1]
+    carry_out()
+    other = simulated(folder, tmp_path / "simulated")
+    assert_same_world(state_of(folder), state_of(other))
+    left, right = folder.read_json("summary.json"), other.read_json("summary.json")
+    for key in ("test", "clients", "bytes_down", "bytes_up", "flops", "finished"):
+        assert left[key] == right[key], key
+    status = folder.read_json("deployment.json")
+    assert status["state"] == "done"
+    assert len(status["notes"]) == 3
+
+
+def test_errors_late_and_strange_replies_cost_one_site_its_round(federation):
+    """Node 11 fails in round 1 with an error that another node sends; node 12 is silent, and late; all go on."""
+    grid, folder, carry_out = federation("fleet.cohort=all")
+    late = []
+
+    def change(node, asked, reply):
+        if asked.metadata.message_type != "train" or asked.metadata.group_id != "1":
+            return reply
+        if node == 11:
+            failed = Message(Error(code=5, reason="node unavailable"), reply_to=asked)
+            failed.metadata._src_node_id = 1
+            return failed
+        if node == 12:
+            late.append(reply)
+            return None
+        return reply
+
+    grid.change = change
+    carry_out()
+    first, second = folder.metrics()[1:]
+    assert {c: why for c, why in first["dropped"].items() if c in "03"} == dict.fromkeys(
+        "03", "site site-1: node unavailable (Flower's error 5)"
+    )
+    assert {c: why for c, why in first["dropped"].items() if c in "14"} == dict.fromkeys(
+        "14", "site site-2: no answer within 0.01 s"
+    )
+    assert second["dropped"] == {}
+    assert len(late) == 1
+
+
+def test_a_site_that_comes_back_at_another_node_is_the_same_site(federation):
+    """Without keys a restarted node has a new number; the old one may be listed for a while."""
+    grid, folder, carry_out = federation("fleet.cohort=all", "run.rounds=3")
+
+    def change(node, asked, reply):
+        if node == 11 and asked.metadata.group_id == "1" and asked.metadata.message_type == "train":
+            grid.nodes[5] = grid.nodes[11]  # a smaller number than before
+            return None
+        assert node != 11 or asked.metadata.group_id in ("hello", "1", "2")
+        return reply
+
+    grid.change = change
+    carry_out()
+    dropped = [sorted(row["dropped"]) for row in folder.metrics()[1:]]
+    assert dropped[0] == ["0", "3"]
+    assert dropped[2] == []
+
+
+def test_two_sites_with_one_client_are_not_both_let_in(federation):
+    grid, folder, carry_out = federation("fleet.cohort=all")
+    grid.nodes[14] = {**grid.nodes[11], "site": "thief"}
+    carry_out()
+    notes = folder.read_json("deployment.json")["notes"]
+    assert any("'thief' says that it holds client 0, which is at site 'site-1'" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"clients": "0,99"}, r"is to hold client 99; the experiment has clients 0 to 5"),
+        ({"clients": "x"}, r"clients is 'x'; write ids with commas"),
+        ({"storage": None}, r"--node-config is not complete: storage: .*`fslora deploy client-config` writes one"),
+        ({"site": "../up"}, r"--node-config is not complete: site"),
+    ],
+)
+def test_a_site_that_is_set_up_wrongly_is_told_why_and_the_others_go_on(federation, change, reason):
+    grid, folder, carry_out = federation("fleet.cohort=all")
+    grid.nodes[11] = {k: v for k, v in {**grid.nodes[11], **change}.items() if v is not None}
+    carry_out()
+    notes = folder.read_json("deployment.json")["notes"]
+    assert any(note.startswith("a site cannot take part") and re.search(reason, note) for note in notes), notes
+    assert folder.metrics()[1]["dropped"] == dict.fromkeys("03", "its site is not connected")
+
+
+def test_without_sites_nothing_starts_and_the_reason_is_in_the_folder(federation):
+    grid, folder, carry_out = federation()
+    grid.nodes.clear()
+    with pytest.raises(TrainingError, match=r"0 of 6 clients were there within 0\.6 s"):
+        carry_out()
+    assert folder.read_json("deployment.json")["state"] == "failed"
+
+
+def test_what_cannot_be_deployed_is_refused_first(tiny_settings, tmp_path):
+    for setting, message in (("fleet.pooled=true", "need no sites"), ("method.name=local", "a model of its own")):
+        with pytest.raises(ConfigError, match=message):
+            prepare(config.load(None, [*tiny_settings, setting]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_nothing_but_adapters_and_counts_leaves_a_site(federation, sentiment_file):
+    """Every byte of every reply: no text, label name or path of the data is in it, no array but those of updates."""
+    with sentiment_file.open(newline="") as file:
+        texts = [row["text"].encode() for row in csv.DictReader(file)]
+    secrets = [*texts, str(sentiment_file.parent).encode(), b"sentiment", b"good", b"site-north"]
+    grid, _, carry_out = federation("fleet.cohort=all")
+    replies = []
+    grid.change = lambda node, asked, reply: replies.append(reply) or reply
+    carry_out()
+    assert len(replies) == 3 + 2 * 3
+    for reply in replies:
+        record = from_flower(reply.content)
+        whole = record.header.encode() + b"".join(entry.name.encode() + entry.data for entry in record.entries)
+        assert not [secret for secret in secrets if secret in whole]
+        assert all(entry.name.split("/")[1] in ("adapter", "extras") for entry in record.entries)
