@@ -1,11 +1,11 @@
 """A whole federation on this machine: a SuperLink and SuperNodes as processes of their own, on the loopback interface.
 
-Each is in a process group of its own, because SuperNodes start further processes, which outlive them otherwise.
+Each starts further processes in sessions of their own, which may outlive it: they are found as its children, or by the
+folder that they were told to keep their files in.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import socket
@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import psutil
 import tomlkit
 
 from fslora.deploy.bundle import command, environment, flwr
@@ -70,6 +71,10 @@ class Lab:
         """Ends every process, sites first, and removes what they kept for themselves."""
         for name in [*(name for name in self.processes if name != "superlink"), "superlink"]:
             self.stop(name)
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.environ().get("FLWR_HOME") == str(self.home):
+                    process.kill()
         shutil.rmtree(self.home, ignore_errors=True)
 
     def start_site(self, name: str) -> None:
@@ -88,10 +93,14 @@ class Lab:
         process = self.processes.pop(name, None)
         if process is None:
             return
-        _signal(process.pid, how)
+        started = family(process.pid)
+        with suppress(psutil.Error):
+            psutil.Process(process.pid).send_signal(how)
         with suppress(subprocess.TimeoutExpired):
             process.wait(seconds)
-        _signal(process.pid, signal.SIGKILL)  # its group: what it started may go on without it
+        for each in started:
+            with suppress(psutil.Error):
+                each.kill()
         process.wait()
 
     def check(self) -> None:
@@ -168,6 +177,10 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def _signal(group: int, what: signal.Signals) -> None:
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(group, what)
+def family(number: int) -> list[psutil.Process]:
+    """Returns a process and all that it has started, and those have started."""
+    try:
+        process = psutil.Process(number)
+        return [process, *process.children(recursive=True)]
+    except psutil.Error:
+        return []

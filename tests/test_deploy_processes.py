@@ -1,0 +1,194 @@
+"""Real processes on loopback: a SuperLink, SuperNodes, and what happens to them. Each test takes a minute or two."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fslora[flower]'")
+
+from fslora import config, runner
+from fslora.deploy import launch
+from fslora.deploy.bundle import submit
+from fslora.deploy.lab import CONNECTION, Lab, family
+from fslora.deploy.launch import Waits
+from fslora.errors import TrainingError
+from fslora.runfolder import RunFolder
+from kit import World, assert_same_world
+from test_run import FSLORA, Quiet
+
+pytestmark = pytest.mark.slow
+BUSY = 240
+"""Seconds after which something is wrong even on a machine that is shared."""
+
+
+@pytest.fixture
+def settings(tiny_settings) -> list[str]:
+    return [*tiny_settings, "run.rounds=3", "engine.chunk=1", "fleet.clients=4", "fleet.cohort=all", "variants={}"]
+
+
+@pytest.fixture
+def nothing_left(tmp_path):
+    """No process that was started for this test outlives it."""
+    yield
+    assert not processes(tmp_path)
+
+
+def processes(path: Path) -> list[str]:
+    """Command lines of processes that work in a lab or for this run; those that we wait for are gone."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            around = (folder / "environ").read_bytes()
+        except OSError:
+            continue
+        if b"FSLORA_TEST=" + os.fsencode(path) in around and "flwr" in line + " " and int(folder.name) != os.getpid():
+            found.append(line)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def marked(monkeypatch, tmp_path):
+    monkeypatch.setenv("FSLORA_TEST", str(tmp_path))
+
+
+def simulated(folder: RunFolder, to: Path) -> RunFolder:
+    runner.start(config.load(folder.path / "experiment.toml"), to, Quiet())
+    return RunFolder.open(to)
+
+
+def same_state(left: RunFolder, right: RunFolder) -> None:
+    assert_same_world(World(left.load_checkpoint()[1]), World(right.load_checkpoint()[1]))
+
+
+class Run:
+    """A run in a lab of two sites, step by step."""
+
+    def __init__(self, settings: list[str], path: Path, waits: Waits) -> None:
+        self.folder = launch.prepare(config.load(None, settings), path)
+        self.settings = launch.settings_of(self.folder, waits)
+        sites = launch.local_sites(self.settings.parsed(), self.folder, 2)
+        self.lab = Lab(sites, self.folder.path / "logs", secure=False)
+        self.scratch = path.parent / "scratch"
+
+    def submit(self) -> None:
+        self.folder.write_json("deployment.json", {"run": self.settings.run, "state": "submitted", "notes": []})
+        submit(self.settings, CONNECTION, self.scratch, self.lab.home)
+
+    def until(self, happened) -> None:
+        """Waits for something that has to happen."""
+        end = time.monotonic() + BUSY
+        while not happened():
+            assert time.monotonic() < end, (self.rows(), self.status())
+            assert self.status()["state"] != "failed", self.status()
+            time.sleep(0.1)
+
+    def status(self) -> dict:
+        return self.folder.read_json("deployment.json")
+
+    def rows(self) -> list[dict]:
+        return self.folder.metrics()[1:] if (self.folder.path / "metrics.jsonl").is_file() else []
+
+
+def test_one_command_brings_all_up_with_tls_and_keys_and_takes_it_down(settings, tmp_path, nothing_left):
+    """Three sites; the same bits, metrics and summary as a simulation."""
+    items = [word for item in [*settings, "run.rounds=2"] for word in ("--set", item)]
+    path = tmp_path / "run"
+    done = subprocess.run(
+        [*FSLORA, "deploy", "local", *items, "--sites", "3", "--out", str(path), "--json"],
+        capture_output=True,
+        text=True,
+        timeout=BUSY,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["run"] == str(path)
+    assert (path / "report.html").is_file()
+    other = simulated(RunFolder.open(path), tmp_path / "simulated")
+    same_state(RunFolder.open(path), other)
+    assert RunFolder.open(path).read_json("summary.json")["test"] == other.read_json("summary.json")["test"]
+
+
+def test_a_site_killed_in_a_round_is_left_out_and_comes_back(settings, tmp_path, nothing_left):
+    run = Run([*settings, "run.rounds=8"], tmp_path / "run", Waits(deadline=25, quorum=0.25))
+    with run.lab:
+        run.submit()
+        run.until(lambda: len(run.rows()) >= 1)
+        run.lab.stop("site-2", signal.SIGKILL)
+        run.until(lambda: any(row["dropped"] for row in run.rows()))
+        run.lab.start_site("site-2")
+        missed = len(run.rows())
+        run.until(lambda: any(not row["dropped"] for row in run.rows()[missed:]) or run.status()["state"] == "done")
+        run.until(lambda: run.status()["state"] == "done")
+    dropped = [sorted(row["dropped"]) for row in run.rows()]
+    assert dropped[0] == []
+    assert ["1", "3"] in dropped
+    assert all(each in ([], ["1", "3"]) for each in dropped)
+    assert run.status()["notes"]
+
+
+def test_a_late_answer_is_not_waited_for_and_does_no_harm(settings, tmp_path, nothing_left):
+    run = Run([*settings, "run.rounds=4"], tmp_path / "run", Waits(deadline=15, quorum=0.25))
+    with run.lab:
+        run.submit()
+        run.until(lambda: len(run.rows()) >= 1)
+        held = family(run.lab.processes["site-2"].pid)
+        for process in held:
+            process.suspend()
+        run.until(lambda: any(row["dropped"] for row in run.rows()))
+        for process in held:
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
+        run.until(lambda: run.status()["state"] == "done")
+    reasons = {why for row in run.rows() for why in row["dropped"].values()}
+    assert reasons <= {"site site-2: no answer within 15 s", "its site is not connected"}
+    assert reasons
+
+
+def test_a_killed_superlink_loses_nothing(settings, tmp_path, nothing_left):
+    """Resumed from the last checkpoint, with the sites' own storage, it ends with the bits of a simulation."""
+    run = Run([*settings, "method.name=flora"], tmp_path / "run", Waits())
+    with run.lab:
+        run.submit()
+        run.until(lambda: len(run.rows()) >= 1)
+        run.lab.stop("superlink", signal.SIGKILL)
+    assert not run.folder.finished
+    launch.local(run.folder, 2, False, Waits(), Quiet())
+    assert run.status()["run"] == run.settings.run
+    same_state(run.folder, simulated(run.folder, tmp_path / "simulated"))
+
+
+def test_ctrl_c_ends_everything_and_says_how_to_go_on(settings, tmp_path, nothing_left):
+    items = [word for item in [*settings, "run.rounds=50"] for word in ("--set", item)]
+    path = tmp_path / "run"
+    args = [*FSLORA, "deploy", "local", *items, "--sites", "2", "--no-secure", "--out", str(path)]
+    process = subprocess.Popen(args, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + BUSY
+    while not (path / "metrics.jsonl").is_file() or len(RunFolder(path).metrics()) < 2:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"fslora deploy local --resume {path}" in said.replace("\n", "")
+
+
+def test_a_failure_at_the_server_is_told_by_the_command(settings, tmp_path, nothing_left):
+    """The sites cannot read what they are told to; the command names them and ends everything."""
+    folder = launch.prepare(config.load(None, settings), tmp_path / "run")
+    text = (folder.path / "experiment.toml").read_text()
+    stage = Quiet()
+    (folder.path / "sites").write_text("a file in the place of a folder")
+    assert text
+    with pytest.raises(TrainingError, match="the run has failed: round 1: "):
+        launch.local(folder, 2, False, Waits(), stage)
