@@ -51,6 +51,9 @@ def test_every_printed_command_is_one_that_exists(page, line):
         group.make_context("fslora", words, resilient_parsing=True)
         return
     command = group.commands[words[0]]
+    while hasattr(command, "commands"):
+        words = words[1:]
+        command = command.commands[words[0]]
     context = command.make_context(words[0], words[1:])
     overrides = list(context.params.get("overrides") or ())
     path = context.params.get("experiment")

@@ -407,6 +407,55 @@ def deploy_run(
     _print_closing(folder.path, as_json, quiet)
 
 
+@deploy.command("client-config")
+def deploy_client_config(
+    site: Annotated[str, typer.Option(help="The site's name, by which the server knows it.")],
+    clients: Annotated[str, typer.Option(help="The ids of its clients, with commas.")],
+    superlink: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where the server is.")],
+    data: Annotated[str, typer.Option(help="The site's data source, or 'experiment': read what the experiment names.")],
+    storage: Annotated[Path, typer.Option(help="Folder for what its clients keep from round to round.")],
+    root_certificates: Annotated[
+        Path | None, typer.Option(help="Certificate of the CA that signed the server's; without it, no TLS.")
+    ] = None,
+    key: Annotated[Path | None, typer.Option(help="The site's own key, which the server has registered.")] = None,
+    model: Annotated[str, typer.Option(help="Folder of the base model, where it lies elsewhere here.")] = "",
+    device: Annotated[str, typer.Option(help="Where to train, e.g. 'cuda:0'.")] = "",
+    port: Annotated[int, typer.Option(help="The SuperNode's own port on loopback.")] = 9094,
+    out: Annotated[Path | None, typer.Option(help="Script [default: SITE.sh].", show_default=False)] = None,
+) -> None:
+    """Write the script with which a site starts its SuperNode."""
+    from fslora.deploy.clientconfig import Link, write_script
+    from fslora.deploy.settings import SiteSettings
+
+    path = out or Path(f"{site}.sh")
+    values = {"site": site, "clients": clients, "storage": str(storage.resolve()), "data": data}
+    settings = SiteSettings.of({**values, "model": model, "device": device})
+    write_script(settings, Link(superlink, root_certificates, key, port), path)
+    print(path)
+
+
+@deploy.command("test-keys")
+def deploy_test_keys(
+    folder: Annotated[Path, typer.Argument(help="A new folder.", show_default=False)],
+    site: Annotated[list[str], typer.Option(help="A site to make a key for; may be repeated.")],
+    host: Annotated[list[str] | None, typer.Option(help="Name or address of the server; may be repeated.")] = None,
+) -> None:
+    """Make a CA, a server's certificate and a key for each site: for trials, never for a real federation."""
+    from fslora.deploy import bundle
+
+    bundle.require_flower()  # it brings what keys are made with
+    from fslora.deploy.certificates import write_authority, write_site_key
+
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise ArtifactError(f"{folder} is there already, or cannot be made: {error}") from None
+    write_authority(folder, tuple(host or ("localhost", "127.0.0.1")))
+    for name in site:
+        write_site_key(folder / name)
+    print("\n".join(str(path) for path in sorted(folder.iterdir())))
+
+
 def _deployed_folder(
     experiment: Path | None, overrides: list[str] | None, resume: Path | None, out: Path | None
 ) -> RunFolder:
