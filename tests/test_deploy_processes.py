@@ -119,7 +119,7 @@ def test_one_command_brings_all_up_with_tls_and_keys_and_takes_it_down(settings,
 
 
 def test_a_site_killed_in_a_round_is_left_out_and_comes_back(settings, tmp_path, nothing_left):
-    run = Run([*settings, "run.rounds=8"], tmp_path / "run", Waits(deadline=25, quorum=0.25))
+    run = Run([*settings, "run.rounds=8"], tmp_path / "run", Waits(deadline=45, quorum=0.25))
     with run.lab:
         run.submit()
         run.until(lambda: len(run.rows()) >= 1)
@@ -137,7 +137,7 @@ def test_a_site_killed_in_a_round_is_left_out_and_comes_back(settings, tmp_path,
 
 
 def test_a_late_answer_is_not_waited_for_and_does_no_harm(settings, tmp_path, nothing_left):
-    run = Run([*settings, "run.rounds=4"], tmp_path / "run", Waits(deadline=15, quorum=0.25))
+    run = Run([*settings, "run.rounds=4"], tmp_path / "run", Waits(deadline=60, quorum=0.25))
     with run.lab:
         run.submit()
         run.until(lambda: len(run.rows()) >= 1)
@@ -150,7 +150,7 @@ def test_a_late_answer_is_not_waited_for_and_does_no_harm(settings, tmp_path, no
                 process.resume()
         run.until(lambda: run.status()["state"] == "done")
     reasons = {why for row in run.rows() for why in row["dropped"].values()}
-    assert reasons <= {"site site-2: no answer within 15 s", "its site is not connected"}
+    assert reasons <= {"site site-2: no answer within 60 s", "its site is not connected"}
     assert reasons
 
 
@@ -184,11 +184,8 @@ def test_ctrl_c_ends_everything_and_says_how_to_go_on(settings, tmp_path, nothin
 
 
 def test_a_failure_at_the_server_is_told_by_the_command(settings, tmp_path, nothing_left):
-    """The sites cannot read what they are told to; the command names them and ends everything."""
-    folder = launch.prepare(config.load(None, settings), tmp_path / "run")
-    text = (folder.path / "experiment.toml").read_text()
-    stage = Quiet()
+    """No site can write what its clients keep: the command says so, and ends everything."""
+    folder = launch.prepare(config.load(None, [*settings, "wire.up=int8"]), tmp_path / "run")
     (folder.path / "sites").write_text("a file in the place of a folder")
-    assert text
-    with pytest.raises(TrainingError, match="the run has failed: round 1: "):
-        launch.local(folder, 2, False, Waits(), stage)
+    with pytest.raises(TrainingError, match=r"the run has failed: round 1: no client .* cannot be written"):
+        launch.local(folder, 2, False, Waits(), Quiet())
