@@ -6,24 +6,26 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import SubprocessError
 
 from fslora import config, runner
 from fslora.config import Experiment
-from fslora.deploy.bundle import require_flower, run_status, submit
+from fslora.deploy.bundle import flwr, require_flower, run_status, submit
 from fslora.deploy.lab import CONNECTION, Lab
 from fslora.deploy.serve import STATUS, check
 from fslora.deploy.settings import OWN_DATA, RunSettings, SiteSettings
-from fslora.errors import ConfigError, TrainingError
+from fslora.errors import ConfigError, FsloraError, TrainingError
 from fslora.prepare import prepare_sites
 from fslora.runfolder import RunFolder
 from fslora.runner import Stage
 
 LOOK = 0.5
 """Seconds between looks at the run folder."""
-ASK = 15.0
-"""Seconds between questions to Flower: its server process may have ended without a word."""
+ASK = 10.0
+"""Seconds between questions whether all goes on: Flower's server process may have ended without a word."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,17 @@ def _run(
     with tempfile.TemporaryDirectory(prefix="fslora-bundle-") as scratch:
         number = submit(settings, connection, Path(scratch), home)
     stage.note(f"Flower's run {number}; logs and results in {folder.path}")
+    try:
+        _follow(folder, settings, stage, lambda: _check(folder, number, connection, home, alive))
+    except KeyboardInterrupt:
+        # Or it would go on, and write where its continuation will.
+        with suppress(FsloraError, OSError, SubprocessError):
+            flwr(["stop", number, connection], home, timeout=30)
+        raise
+
+
+def _follow(folder: RunFolder, settings: RunSettings, stage: Stage, check: Callable[[], None]) -> None:
+    """Shows what happens in a run folder until the run has come to its end; asks now and then whether it goes on."""
     experiment = settings.parsed()
     with stage.rounds(experiment.method.name, folder.rounds_done, experiment.run.rounds, None) as watcher:
         seen, told, asked = folder.rounds_done, 0, time.monotonic()
@@ -113,7 +126,7 @@ def _run(
             for note in status.get("notes", [])[told:]:
                 stage.note(note)
                 told += 1
-            for row in folder.metrics() if (folder.path / "metrics.jsonl").is_file() else ():
+            for row in folder.metrics():
                 if row["round"] > seen:
                     watcher.round_done(row)
                     seen = row["round"]
@@ -121,16 +134,21 @@ def _run(
                 return
             if status.get("state") == "failed":
                 raise TrainingError(f"the run has failed: {status['error']}")
-            alive()
             if time.monotonic() - asked > ASK:
+                check()
                 asked = time.monotonic()
-                said = run_status(number, connection, home)
-                if said.startswith("finished") and (folder.read_json(STATUS) or {}).get("state") not in (
-                    "done",
-                    "failed",
-                ):
-                    raise TrainingError(
-                        f"Flower says that run {number} is {said}, but it has not come to its end in {folder.path}; "
-                        f"see `flwr log {number}` and {folder.path / 'logs'}"
-                    )
             time.sleep(LOOK)
+
+
+def _check(folder: RunFolder, number: str, connection: str, home: Path | None, alive: Callable[[], None]) -> None:
+    """Raises TrainingError where a run has ended without a word in its folder."""
+    alive()
+    try:
+        said = run_status(number, connection, home)
+    except (FsloraError, SubprocessError):
+        return  # the SuperLink may be busy, or away for a moment
+    if said.startswith("finished") and (folder.read_json(STATUS) or {}).get("state") not in ("done", "failed"):
+        raise TrainingError(
+            f"Flower says that run {number} is {said}, but it has not come to its end in {folder.path}; see "
+            f"`flwr log {number}` and {folder.path / 'logs'}"
+        )
