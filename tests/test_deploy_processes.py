@@ -7,10 +7,8 @@ import os
 import signal
 import subprocess
 import time
-from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import pytest
 
 pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fslora[flower]'")
@@ -18,7 +16,7 @@ pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fslora
 from fslora import config, runner
 from fslora.deploy import launch
 from fslora.deploy.bundle import submit
-from fslora.deploy.lab import CONNECTION, Lab, family
+from fslora.deploy.lab import CONNECTION, Lab
 from fslora.deploy.launch import Waits
 from fslora.errors import TrainingError
 from fslora.runfolder import RunFolder
@@ -134,37 +132,6 @@ def test_a_site_killed_in_a_round_is_left_out_and_comes_back(settings, tmp_path,
     assert ["1", "3"] in dropped
     assert all(each in ([], ["1", "3"]) for each in dropped)
     assert run.status()["notes"]
-
-
-def test_a_late_answer_is_not_waited_for_and_does_no_harm(settings, tmp_path, nothing_left):
-    """A site's training is held up for longer than the deadline; then it answers, late, and takes part again."""
-    run = Run([*settings, "run.rounds=6"], tmp_path / "run", Waits(deadline=40, quorum=0.25))
-    with run.lab:
-        run.submit()
-        run.until(lambda: len(run.rows()) >= 1)
-        before = set(training(run, "site-2"))  # the first round's may not have gone yet
-        held: list[psutil.Process] = []
-        run.until(lambda: held.extend(set(training(run, "site-2")) - before) or held)
-        for process in held:
-            process.suspend()
-        run.until(lambda: any(row["dropped"] for row in run.rows()))
-        for process in held:
-            with suppress(psutil.NoSuchProcess):
-                process.resume()
-        run.until(lambda: run.status()["state"] == "done")
-    dropped = [row["dropped"] for row in run.rows()]
-    assert dict.fromkeys("13", "site site-2: no answer within 40 s") in dropped
-    assert dropped[-1] == {}
-
-
-def training(run: Run, site: str) -> list[psutil.Process]:
-    """The process at a site that answers a letter, if there is one now."""
-    found = []
-    for process in family(run.lab.processes[site].pid):
-        with suppress(psutil.Error):
-            if "flwr-clientapp" in " ".join(process.cmdline()):
-                found.append(process)
-    return found
 
 
 def test_a_killed_superlink_loses_nothing(settings, tmp_path, nothing_left):
