@@ -19,9 +19,6 @@ import argparse
 import gzip
 import json
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,10 +26,10 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from alternate import alternate, peak, peak_of
 from fslora.config import AdapterConfig, DataConfig, LocalConfig
 from fslora.data.batches import IGNORED, Encoded, local_batches
 from fslora.engine.cohort import CohortEngine
-from fslora.memory import peak_memory
 from fslora.models.base import Base
 from fslora.objectives import Causal
 from fslora.rng import Rng
@@ -111,27 +108,6 @@ def make(args: argparse.Namespace) -> dict[str, Callable[[], object]]:
     return peers if args.only is None else {args.only: peers[args.only]}
 
 
-def measure(peers: dict[str, Callable[[], object]], repeats: int) -> dict[str, dict[str, list[float]]]:
-    """Times the peers in turn, after one unmeasured round of each."""
-    times: dict[str, dict[str, list[float]]] = {name: {"wall": [], "cpu": []} for name in peers}
-    for repeat in range(repeats + 1):
-        for name, work in peers.items():
-            wall, cpu = time.perf_counter(), time.process_time()
-            work()
-            if repeat:
-                times[name]["wall"].append(time.perf_counter() - wall)
-                times[name]["cpu"].append(time.process_time() - cpu)
-    return times
-
-
-def memory_of(args: argparse.Namespace, peer: str) -> int:
-    """Bytes, of a fresh process that runs two rounds of one peer."""
-    command = [sys.executable, __file__, "--only", peer, "--clients", args.clients, "--batch", args.batch]
-    command += ["--repeats", 1, *(["--data", args.data] if args.data else [])]
-    out = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout
-    return int(json.loads(out)["peak"])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, default=4)
@@ -141,22 +117,28 @@ def main() -> None:
     parser.add_argument("--only", choices=("ours", "all", "maximum"))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    times = measure(make(args), args.repeats)
+    times = alternate(make(args), args.repeats)
     if args.only:
-        print(json.dumps({"peak": peak_memory()}))
+        print(peak())
         return
-    ours = times["ours"]
+    same = [
+        "--clients",
+        args.clients,
+        "--batch",
+        args.batch,
+        "--repeats",
+        1,
+        *(["--data", args.data] if args.data else []),
+    ]
     print("| peer | wall, s | × ours | processor, s | × ours | peak memory, MiB |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     rows = {}
     for name, found in times.items():
-        wall, cpu = (statistics.median(found[kind]) for kind in ("wall", "cpu"))
-        ratios = [
-            statistics.median(a / b for a, b in zip(found[kind], ours[kind], strict=True)) for kind in ("wall", "cpu")
-        ]
-        peak = memory_of(args, name)
-        rows[name] = {"wall": wall, "cpu": cpu, "ratios": ratios, "peak": peak}
-        print(f"| {name} | {wall:.3f} | {ratios[0]:.2f} | {cpu:.3f} | {ratios[1]:.2f} | {peak / 2**20:.0f} |")
+        wall, cpu = statistics.median(found.wall), statistics.median(found.cpu)
+        ratios = [statistics.median(found.ratios(times["ours"], kind)) for kind in ("wall", "cpu")]
+        memory = peak_of(__file__, ["--only", name, *same])
+        rows[name] = {"wall": wall, "cpu": cpu, "ratios": ratios, "peak": memory}
+        print(f"| {name} | {wall:.3f} | {ratios[0]:.2f} | {cpu:.3f} | {ratios[1]:.2f} | {memory / 2**20:.0f} |")
     if args.json:
         args.json.write_text(json.dumps({"rows": rows, "environment": environment()}, indent=2))
 

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 
 from fslora.config import PartitionConfig, load
+from fslora.console import Silent
 from fslora.data.batches import Encoded
 from fslora.data.partition import partition
 from fslora.data.types import Dataset, Examples
@@ -44,14 +45,6 @@ from fslora.runner import environment
 from fslora.simulate import Simulation
 
 CLIENTS, CLASSES, TOKENS, EACH = (100, 1_000, 10_000, 100_000), 10, 16, 8
-
-
-class Silent:
-    def round_started(self, number, clients) -> None: ...
-
-    def client_done(self, loss) -> None: ...
-
-    def round_done(self, row) -> None: ...
 
 
 def tiny_model(folder: Path) -> None:
@@ -116,7 +109,8 @@ def cell(args: argparse.Namespace) -> dict[str, object]:
                 taken, tally, {"round": taken, "bytes_total": 0, "flops_total": 0, "time_total": 0}, 0.0, state
             )
             taken += 1
-            checkpoint(simulation, taken, state)
+            folder.save_checkpoint(taken, state)
+            simulation.memories.checkpointed(taken)
             rounds.append(time.process_time() - began)
         simulation.evaluate(state)  # the first one imports
         began = time.process_time()
@@ -135,14 +129,6 @@ def cell(args: argparse.Namespace) -> dict[str, object]:
             "kept_files": len(kept),
             "kept_bytes": sum(path.stat().st_size for path in kept),
         }
-
-
-def checkpoint(simulation: Simulation, done: int, state) -> None:
-    if hasattr(simulation.memories, "checkpointed"):
-        simulation.folder.save_checkpoint(done, state)
-        simulation.memories.checkpointed(done)
-    else:  # so that versions before the clients' files can be measured
-        simulation.folder.save_checkpoint(done, state, simulation.memories)
 
 
 def main() -> None:

@@ -41,8 +41,8 @@ from fslora.models.load import Outline, device_of
 from fslora.prepare import Federation
 from fslora.report.text import byte_text, count, counted, duration, percent
 from fslora.report.text import operations as flop_text
+from fslora.rounds import wire_of
 from fslora.traffic import Rehearsal, rehearse
-from fslora.wire import Wire
 from fslora.workload import Certainty, Workload, outlined
 
 EFFICIENCY = 0.4
@@ -121,7 +121,7 @@ def plan(experiment: Experiment, with_data: bool = True, teraflops: float | None
         work.cohorts,
         experiment.local,
         federation.rng,
-        Wire() if experiment.fleet.pooled else Wire.of(experiment.wire),
+        wire_of(federation),
     )
     given = teraflops if teraflops is not None else measured / 1e12
     planned = Planned(

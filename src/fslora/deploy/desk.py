@@ -10,11 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import fslora
-from fslora.deploy.letters import Hello, Member, sealed
+from fslora.deploy.letters import sealed
 from fslora.deploy.records import Record
 from fslora.deploy.settings import RunSettings, SiteSettings
-from fslora.deploy.site import SiteWorker
+from fslora.deploy.site import SiteWorker, introduction
 from fslora.errors import ConfigError
 from fslora.prepare import Sites, Workshop
 
@@ -27,18 +26,7 @@ def hello(run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> Reco
     """Returns how a site introduces itself: its clients' ids, ranks and numbers of examples. No model is loaded."""
     run, site = RunSettings.of(run_config), SiteSettings.of(node_config)
     sites = WORKSHOP.sites(site.applied(run.parsed()))
-    members = _checked(site, sites)
-    return sealed(
-        Hello(
-            site=site.site,
-            version=fslora.__version__,
-            experiment=run.digest,
-            data=sites.partition.digest,
-            members=tuple(
-                Member(id=c.id, rank=c.rank, examples=c.examples) for c in (sites.fleet[i] for i in sorted(members))
-            ),
-        )
-    )
+    return sealed(introduction(site.site, sites, _checked(site, sites), run.digest))
 
 
 def train(letter: Record, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> Record:

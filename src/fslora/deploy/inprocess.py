@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-import fslora
-from fslora.deploy.letters import Hello, Member
+from fslora.deploy.letters import Hello
 from fslora.deploy.records import Record
-from fslora.deploy.site import SiteWorker
+from fslora.deploy.site import SiteWorker, introduction
 from fslora.errors import FsloraError
 
 
@@ -33,7 +32,10 @@ class InProcess:
 
     def sites(self) -> Mapping[str, Hello]:
         """Returns all of them."""
-        return {name: _hello(worker) for name, worker in self.workers.items()}
+        return {
+            name: introduction(name, worker.federation.sites, worker.members, "")
+            for name, worker in self.workers.items()
+        }
 
     def send(self, letters: Mapping[str, Record], round: int) -> None:
         """Lets the sites answer, one after the other."""
@@ -50,9 +52,3 @@ class InProcess:
         """Returns all answers at once."""
         replies, self._replies = self._replies, []
         return replies
-
-
-def _hello(worker: SiteWorker) -> Hello:
-    fleet, data = worker.federation.trainers, worker.federation.sites.partition.digest
-    members = tuple(Member(id=i, rank=fleet[i].rank, examples=fleet[i].examples) for i in sorted(worker.members))
-    return Hello(site=worker.name, version=fslora.__version__, experiment="", data=data, members=members)

@@ -17,13 +17,14 @@ from pathlib import Path
 
 import torch
 
+import fslora
 from fslora.clients import Answer, Clients, Request
 from fslora.clientstore import ClientStore
-from fslora.deploy.letters import Order, Result, Results, Task, opened, payloads_of, sealed
+from fslora.deploy.letters import Hello, Member, Order, Result, Results, Task, opened, payloads_of, sealed
 from fslora.deploy.records import Limits, Record
 from fslora.errors import WireError
 from fslora.methods.baselog import summed
-from fslora.prepare import Federation
+from fslora.prepare import Federation, Sites
 from fslora.rounds import wire_of
 from fslora.types import Adapter, BaseUpdate, ClientMemory
 from fslora.wire import Payload
@@ -147,6 +148,18 @@ class SiteWorker:
             if memory is not None:
                 self._store(task, kind, rounds).put(answer.client, memory, rounds)
                 self._store(task, kind, min(task.durable, rounds)).prune(answer.client)
+
+
+def introduction(name: str, sites: Sites, members: frozenset[int], experiment: str) -> Hello:
+    """Returns what a site says of itself: its clients' ids, ranks and numbers of examples, and digests."""
+    clients = (sites.fleet[client] for client in sorted(members))
+    return Hello(
+        site=name,
+        version=fslora.__version__,
+        experiment=experiment,
+        data=sites.partition.digest,
+        members=tuple(Member(id=c.id, rank=c.rank, examples=c.examples) for c in clients),
+    )
 
 
 def result_of(answer: Answer) -> Result:
