@@ -2,16 +2,17 @@
 
 The clients' batches are concatenated, so the frozen layers run once over all of them; the low-rank path and
 the heads are batched products over the clients (`fslora.models.slots`). One backward of the *sum* of the
-clients' mean losses gives each client exactly its own gradient. All that a client trains lies in one row of
-one buffer [c p]: its norm, its clipping and its optimizer step are then row operations.
+clients' mean losses gives each client exactly its own gradient. All that the clients train lies in one buffer, at
+each client's own rank: casting, clipping and the optimizer step cost what is trained, not what the largest rank takes.
 
 Memory is one base, the chunk's adapters with their optimizer state, and the activations of one step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby, islice
 
 import torch
 from torch.nn import functional
@@ -40,8 +41,9 @@ class CohortEngine:
             yield from self._train_chunk(chunk, lr)
 
     def _train_chunk(self, problems: list[LocalProblem], lr: float) -> list[Trained]:
-        # Longest first: the clients still active at any step are then the first rows of the stack.
-        order = sorted(range(len(problems)), key=lambda c: -len(problems[c].batches))
+        # Most steps first: the clients still active at any step are then the first ones of the stack. Equal ranks
+        # side by side: their tensors are one view.
+        order = sorted(range(len(problems)), key=lambda c: (-len(problems[c].batches), problems[c].start.adapter.rank))
         ordered = [problems[c] for c in order]
         stack = Stack([problem.start for problem in ordered], self.base.device)
         losses: list[Tensor] = []
@@ -51,7 +53,7 @@ class CohortEngine:
             if len(batches) != active:
                 active = len(batches)
                 stack.activate(active)
-                optimizer = narrowed(optimizer, active, make_optimizer([stack.flat_leaf], self.local, lr, fused=True))
+                optimizer = narrowed(optimizer, make_optimizer([stack.flat_leaf], self.local, lr, fused=True))
             dropout = Dropout(self.dropout, ordered[0].rng.child(step)) if self.dropout else None
             losses.append(self.backward(stack, batches, dropout))
             assert optimizer is not None
@@ -89,11 +91,45 @@ class CohortEngine:
         return means.detach()
 
 
-class Stack:
-    """The trainable tensors of c clients as one buffer [c p] with named views, and their gradients likewise.
+@dataclass(frozen=True)
+class Block:
+    """Neighbours of a stack that train tensors of the same shapes: a matrix [clients p] within its buffer."""
 
-    A factor that is not trained, and the frozen pairs, are stacked too but lie outside the buffer: no gradient, no
-    optimizer state.
+    first: int
+    """The first client's place."""
+    clients: int
+    offset: int
+    """Where it begins in the buffer."""
+    shapes: Mapping[str, torch.Size]
+
+    @property
+    def size(self) -> int:
+        """Numbers per client, p."""
+        return sum(shape.numel() for shape in self.shapes.values())
+
+    def rows(self, flat: Tensor, clients: int | None = None) -> Tensor:
+        """Returns its part of a buffer [clients p], or that of its first clients."""
+        count = self.clients if clients is None else clients
+        return flat[self.offset : self.offset + count * self.size].view(count, self.size)
+
+    def views(self, rows: Tensor) -> dict[str, Tensor]:
+        """Returns rows [n p] by name, each [n *shape]."""
+        parts = torch.split(rows, [shape.numel() for shape in self.shapes.values()], dim=1)
+        return {
+            name: part.view(len(rows), *shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
+
+
+class Stack:
+    """What c clients train, in one buffer, and their gradients likewise; each client takes the room of its own rank.
+
+    The model sees them side by side, padded with zeros to the largest rank, in the base's type; these copies are made
+    once a step. A factor that is not trained, and the frozen pairs, are stacked too but lie outside the buffer: no
+    gradient, no optimizer state.
+
+    Args:
+        starts: One per client; those of equal ranks are to be neighbours, as few as there are then act at once.
+        device: Where all of it lies.
     """
 
     def __init__(self, starts: Sequence[Start], device: torch.device) -> None:
@@ -102,40 +138,40 @@ class Stack:
         self._starts = starts
         self._adapters = [start.adapter for start in starts]
         self._measured: dict[str, Tensor] = {}
-        first, trains = self._adapters[0], starts[0].trains
-        shapes: dict[str, tuple[int, ...]] = {}
-        for name, pair in first.layers.items():
-            rank = max(adapter.layers[name].rank for adapter in self._adapters)
-            shapes[f"{name}:A"] = (rank, pair.A.shape[1])
-            shapes[f"{name}:Bt"] = (rank, pair.Bt.shape[1])
-        shapes.update({f"{name}:dense": tuple(tensor.shape) for name, tensor in first.dense.items()})
-        resting = {"A": ":Bt", "B": ":A", "both": None}[trains]
-        self._resting = {
-            name: torch.zeros(len(starts), *shape, device=device)
-            for name, shape in shapes.items()
-            if resting and name.endswith(resting)
+        resting = {"A": ":Bt", "B": ":A", "both": None}[starts[0].trains]
+        tensors = [adapter.tensors() for adapter in self._adapters]
+        self._trained = [name for name in tensors[0] if not (resting and name.endswith(resting))]
+        self._widest = {
+            name: (len(starts), *map(max, zip(*(own[name].shape for own in tensors), strict=True)))
+            for name in tensors[0]
         }
-        self._shapes = {name: shape for name, shape in shapes.items() if name not in self._resting}
-        sizes = [torch.Size(shape).numel() for shape in self._shapes.values()]
-        self._flat = torch.zeros(len(starts), sum(sizes), device=device)
+        self._blocks = self._blocks_of(tensors)
+        self._flat = torch.empty(sum(block.clients * block.size for block in self._blocks), device=device)
         self._flat_gradient = torch.zeros_like(self._flat)
+        self._resting = {
+            name: torch.zeros(shape, device=device) for name, shape in self._widest.items() if name not in self._trained
+        }
+        for c, own in enumerate(tensors):
+            views = {**self._own(self._flat, c), **{n: filled(t[c], own[n].shape) for n, t in self._resting.items()}}
+            for name, tensor in own.items():
+                views[name].copy_(tensor)
         self._scales = {
             name: torch.tensor([a.layers[name].scale for a in self._adapters], device=device).view(-1, 1, 1)
-            for name in first.layers
+            for name in self._adapters[0].layers
         }
-        for c, adapter in enumerate(self._adapters):
-            views = {**self._views(self._flat[c : c + 1]), **{n: t[c : c + 1] for n, t in self._resting.items()}}
-            for name, tensor in adapter.tensors().items():
-                views[name][0][tuple(slice(0, n) for n in tensor.shape)].copy_(tensor)
         self._frozen = stacked_frozen(starts, device)
 
     def activate(self, clients: int) -> None:
-        """Makes the first ``clients`` rows the ones that train; the others keep their values."""
-        self.flat_leaf = self._flat[:clients].detach().requires_grad_()
-        self.gradient = self._flat_gradient[:clients]
+        """Makes the first ``clients`` clients the ones that train; the others keep their values."""
+        self.clients = clients
+        self._active = [(b, min(b.clients, clients - b.first)) for b in self._blocks if b.first < clients]
+        count = sum(n * block.size for block, n in self._active)
+        self.flat_leaf = self._flat[:count].detach().requires_grad_()
+        self.gradient = self._flat_gradient[:count]
         self.flat_leaf.grad = self.gradient
-        self._values = self._views(self._flat[:clients])
-        self._gradients = self._views(self.gradient)
+        self._values = [block.views(block.rows(self._flat, n)) for block, n in self._active]
+        self._gradients = [block.views(block.rows(self._flat_gradient, n)) for block, n in self._active]
+        self._padded: dict[str, Tensor] = {}
 
     def changes(
         self, base: Base, layout: Layout, dropout: Dropout | None
@@ -146,7 +182,7 @@ class Stack:
         copied into the buffer.
         """
         n, dtype = layout.clients, base.dtype
-        self._leaves = {name: view.to(dtype).detach().requires_grad_() for name, view in self._values.items()}
+        self._leaves = {name: tensor.requires_grad_() for name, tensor in self._side_by_side(dtype).items()}
         tensors = {**self._leaves, **{name: tensor[:n].to(dtype) for name, tensor in self._resting.items()}}
         frozen = {name: (A[:n], Bt[:n]) for name, (A, Bt) in self._frozen.items()}
         pairs: dict[str, Change] = {
@@ -161,37 +197,42 @@ class Stack:
 
     def add_penalties(self) -> None:
         """Adds to the buffer the gradients of the active clients' penalties, each of its own client's tensors alone."""
-        for c, start in enumerate(self._starts[: len(self.flat_leaf)]):
+        for c, start in enumerate(self._starts[: self.clients]):
             if not start.penalty:
                 continue
             own = {name: tensor.to(self._flat.device) for name, tensor in start.adapter.tensors().items()}
-            trained = {name: view[c][: len(own[name])].detach().requires_grad_() for name, view in self._values.items()}
+            trained = {name: view.detach().requires_grad_() for name, view in self._own(self._flat, c).items()}
             penalty = start.penalty(start.adapter.with_tensors({**own, **trained}))
             gradients = torch.autograd.grad(penalty, list(trained.values()), allow_unused=True)
-            for name, gradient in zip(trained, gradients, strict=True):
+            for view, gradient in zip(self._own(self._flat_gradient, c).values(), gradients, strict=True):
                 if gradient is not None:
-                    self._gradients[name][c][: len(gradient)].add_(gradient)
+                    view.add_(gradient)
 
     def backward(self, loss: Tensor) -> None:
         """Writes the gradients of ``loss`` into the buffer; zero for what the model never used."""
-        gradients: tuple[Tensor | None, ...] = torch.autograd.grad(loss, list(self._leaves.values()), allow_unused=True)
-        pairs = list(zip(self._gradients.values(), gradients, strict=True))
-        for target, gradient in pairs:
-            if gradient is None:
-                target.zero_()
-        used = [(target, gradient) for target, gradient in pairs if gradient is not None]
-        torch._foreach_copy_([target for target, _ in used], [gradient for _, gradient in used])
+        leaves = list(self._leaves.values())
+        gradients: tuple[Tensor | None, ...] = torch.autograd.grad(loss, leaves, allow_unused=True)
+        targets, sources = [], []
+        for (block, n), views in zip(self._active, self._gradients, strict=True):
+            for target, gradient in zip(views.values(), gradients, strict=True):
+                if gradient is None:
+                    target.zero_()
+                else:
+                    targets.append(target)
+                    sources.append(filled(gradient[block.first : block.first + n], target.shape))
+        torch._foreach_copy_(targets, sources)
 
     def measure(self) -> None:
         """Adds this step's |w · gradient|, where clients ask for sensitivities; before the gradient is clipped."""
         if not any(start.measures_sensitivity for start in self._starts):
             return
         for name in self._scales:
-            factors = [key for key in (f"{name}:A", f"{name}:Bt") if key in self._values]
-            moved = [(self._values[key] * self._gradients[key]).abs() for key in factors]
-            mean = torch.cat(moved, dim=2).mean(dim=2)
-            total = self._measured.setdefault(name, mean.new_zeros(len(self._starts), mean.shape[1]))
-            total[: len(mean)].add_(mean)
+            factors = [key for key in (f"{name}:A", f"{name}:Bt") if key in self._trained]
+            rank = self._widest[factors[0]][1]
+            total = self._measured.setdefault(name, self._flat.new_zeros(len(self._starts), rank))
+            for (block, n), values, gradients in zip(self._active, self._values, self._gradients, strict=True):
+                moved = torch.cat([(values[key] * gradients[key]).abs() for key in factors], dim=2).mean(dim=2)
+                filled(total[block.first : block.first + n], moved.shape).add_(moved)
 
     def sensitivity(self, c: int, steps: int) -> dict[str, Tensor]:
         """Returns client c's mean sensitivity over its steps, by layer [k]; empty when it did not ask."""
@@ -203,21 +244,51 @@ class Stack:
 
     def clip(self, largest: float) -> None:
         """Scales each client's gradient down to a norm of at most ``largest``; 0 leaves it as it is."""
-        if largest:
-            norms = torch.linalg.vector_norm(self.gradient, dim=1, keepdim=True)
-            self.gradient.mul_((largest / (norms + 1e-6)).clamp(max=1.0))
+        for block, n in self._active if largest else ():
+            gradient = block.rows(self._flat_gradient, n)
+            norms = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
+            gradient.mul_((largest / (norms + 1e-6)).clamp(max=1.0))
 
     def adapter(self, c: int) -> Adapter:
         """Returns the trained adapter of client c, at its own rank, as its own memory on the CPU."""
-        like, views = self._adapters[c], self._views(self._flat[c : c + 1])
-        values = like.tensors()
-        trained = {name: view[0][: len(values[name])].detach().to("cpu", copy=True) for name, view in views.items()}
-        return like.with_tensors({**values, **trained})
+        like = self._adapters[c]
+        trained = {name: view.to("cpu", copy=True) for name, view in self._own(self._flat, c).items()}
+        return like.with_tensors({**like.tensors(), **trained})
 
-    def _views(self, flat: Tensor) -> dict[str, Tensor]:
-        sizes = [torch.Size(shape).numel() for shape in self._shapes.values()]
-        parts = zip(self._shapes.items(), torch.split(flat, sizes, dim=1), strict=True)
-        return {name: part.view(len(flat), *shape) for (name, shape), part in parts}
+    def _blocks_of(self, tensors: Sequence[Mapping[str, Tensor]]) -> list[Block]:
+        blocks: list[Block] = []
+        shapes = [{name: own[name].shape for name in self._trained} for own in tensors]
+        for _, members in groupby(range(len(shapes)), key=lambda c: shapes[c]):
+            clients = list(members)
+            before = blocks[-1] if blocks else Block(0, 0, 0, {})
+            offset = before.offset + before.clients * before.size
+            blocks.append(Block(clients[0], len(clients), offset, shapes[clients[0]]))
+        return blocks
+
+    def _own(self, flat: Tensor, c: int) -> dict[str, Tensor]:
+        """Returns what client c has of a buffer, by name."""
+        block = next(block for block in self._blocks if c < block.first + block.clients)
+        return {name: view[0] for name, view in block.views(block.rows(flat)[c - block.first :][:1]).items()}
+
+    def _side_by_side(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Returns what the active clients train [n *shape], zero beyond a client's own rank; of one shape, views."""
+        if len(self._active) == 1 and dtype == self._flat.dtype:
+            return {name: view.detach() for name, view in self._values[0].items()}
+        if not self._padded:
+            shapes = {name: (self.clients, *self._widest[name][1:]) for name in self._trained}
+            self._padded = {name: self._flat.new_zeros(shape, dtype=dtype) for name, shape in shapes.items()}
+        targets = [
+            filled(self._padded[name][block.first : block.first + n], view.shape)
+            for (block, n), views in zip(self._active, self._values, strict=True)
+            for name, view in views.items()
+        ]
+        torch._foreach_copy_(targets, [view for views in self._values for view in views.values()])
+        return {name: tensor.detach() for name, tensor in self._padded.items()}
+
+
+def filled(padded: Tensor, shape: Sequence[int]) -> Tensor:
+    """Returns the leading part of ``padded`` that has this shape, as a view."""
+    return padded[tuple(slice(0, size) for size in shape)]
 
 
 def stacked_frozen(starts: Sequence[Start], device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:

@@ -18,13 +18,13 @@ def make_optimizer(parameters: Sequence[Tensor], local: LocalConfig, lr: float, 
     return SGD(parameters, lr=lr, momentum=local.momentum, weight_decay=local.weight_decay, fused=fused)
 
 
-def narrowed(old: Optimizer | None, clients: int, new: Optimizer) -> Optimizer:
-    """Returns ``new`` carrying the first ``clients`` rows of ``old``'s state, for when clients have finished."""
+def narrowed(old: Optimizer | None, new: Optimizer) -> Optimizer:
+    """Returns ``new``, of the first numbers of ``old``'s, carrying their state: for when clients have finished."""
     if old is None:
         return new
     (source,), (target,) = old.param_groups[0]["params"], new.param_groups[0]["params"]
     new.state[target] = {
-        name: value[:clients] if isinstance(value, torch.Tensor) and value.dim() else value
+        name: value[: len(target)] if isinstance(value, torch.Tensor) and value.dim() else value
         for name, value in old.state[source].items()
     }
     return new
