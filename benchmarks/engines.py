@@ -183,7 +183,7 @@ def floor(setting: Setting) -> Callable[[], object]:
     """The gradient goes down to the first block's input, as it has to where the first block is adapted."""
     model = setting.plain(setting.args.dtype).requires_grad_(False).eval()
     model.enable_input_require_grads()
-    steps = [concatenated(parts, 0) for parts in zip(*setting.batches, strict=True)]
+    steps = [concatenated(parts, 0, positions=0) for parts in zip(*setting.batches, strict=True)]
 
     def run() -> None:
         for batch in steps:
@@ -221,7 +221,7 @@ def central(setting: Setting) -> Callable[[], object]:
         setting.plain(setting.args.dtype), peft_config(setting, round(sum(setting.ranks) / len(setting.ranks)))
     ).eval()
     trained = [p for p in model.parameters() if p.requires_grad]
-    steps = [concatenated(parts, 0) for parts in zip(*setting.batches, strict=True)]
+    steps = [concatenated(parts, 0, positions=0) for parts in zip(*setting.batches, strict=True)]
 
     def run() -> None:
         optimizer = torch.optim.AdamW(trained, lr=LR)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from fslora.config import DataConfig
 from fslora.data import limited, load_dataset
+from fslora.data.batches import common_width
 from fslora.data.chapters import CHAPTER_OF, CHAPTERS, MASK, masked
 from fslora.data.stdlib import read_library
 from fslora.data.text import is_prose, is_sentence, letters, paragraphs, sentences
@@ -372,3 +373,14 @@ def test_limits_apply_to_each_side_and_are_told(folder: Path):
 def test_columns_of_examples_have_one_length():
     with pytest.raises(ValueError, match="2 texts but 1 labels"):
         Examples(("a", "b"), np.zeros(1, dtype=np.int64))
+
+
+@given(st.integers(1, 4096), st.integers(1, 5000))
+def test_a_step_is_padded_to_one_of_few_widths_that_the_model_has_room_for(longest: int, positions: int) -> None:
+    width = common_width(longest, positions)
+    assert longest <= width <= max(longest, positions - 2)
+    assert width - longest < max(1, longest / 16)
+
+
+def test_widths_between_two_powers_of_two_are_sixteen() -> None:
+    assert len({common_width(longest, 10_000) for longest in range(65, 129)}) == 16

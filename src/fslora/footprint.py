@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from fslora.config import LocalConfig
 from fslora.engine.cohort import CohortEngine, Stack
 from fslora.engine.optim import make_optimizer
+from fslora.memory import resident
 from fslora.models.base import Base
 from fslora.models.slots import Dropout
 from fslora.rng import Rng
@@ -225,15 +226,3 @@ def machine_memory() -> Mapping[str, int]:
     if torch.cuda.is_available():
         found["gpu"] = int(torch.cuda.get_device_properties(0).total_memory)
     return found
-
-
-def resident() -> int:
-    """Returns this process's resident set now, in bytes; 0 where the system does not tell."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            pages = int(file.read().split()[1])
-    except OSError:
-        return 0
-    import resource
-
-    return pages * resource.getpagesize()

@@ -32,9 +32,9 @@ from fslora.footprint import (
     loading_bytes,
     local_step,
     machine_memory,
-    resident,
     weight_bytes,
 )
+from fslora.memory import resident
 from fslora.methods.base import initial_adapter
 from fslora.models.base import Base
 from fslora.models.load import Outline, device_of

@@ -24,7 +24,7 @@ from fslora.cost import simulated_seconds
 from fslora.errors import TrainingError, WireError
 from fslora.evaluate import predict_dealt
 from fslora.fleet import sample_cohort
-from fslora.memory import keep_freed_memory, release_memory
+from fslora.memory import Heap, keep_freed_memory
 from fslora.prepare import Federation
 from fslora.runfolder import RunFolder
 from fslora.types import Adapter, Broadcast, Client, ClientMemory, ClientUpdate, Round, ServerState, Site
@@ -130,6 +130,7 @@ class Rounds(ABC):
             ArtifactError: The run folder cannot be written or its checkpoint is damaged.
         """
         keep_freed_memory()
+        heap = Heap()
         run = self.experiment.run
         done, state, self.memories = self.folder.load_checkpoint() or (0, self.initial_state(), self.folder.clients(0))
         rows = self.folder.rewind(done)
@@ -145,7 +146,9 @@ class Rounds(ABC):
             last = number + 1 == run.rounds or self.spent(totals) >= 1
             if last or (number + 1) % run.eval_every == 0:
                 row.update(validation=self.evaluate(state), **self._spectrum(state))
-                release_memory()
+                heap.release()
+            else:
+                heap.settle()
             self._record(row)
             if last or (number + 1) % run.checkpoint_every == 0:
                 self.folder.save_checkpoint(number + 1, state)

@@ -17,7 +17,15 @@ import torch
 
 from fslora.baseline import MOST_TRAINING_EXAMPLES
 from fslora.config import Experiment
-from fslora.data.batches import IGNORED, TOKENS_PER_BATCH, Encoded, by_length, length_order, local_batches
+from fslora.data.batches import (
+    IGNORED,
+    TOKENS_PER_BATCH,
+    Encoded,
+    by_length,
+    common_width,
+    length_order,
+    local_batches,
+)
 from fslora.data.partition import Partition, Shares
 from fslora.data.types import Dataset, Examples, Kind
 from fslora.fleet import build_fleet, sample_cohort
@@ -198,13 +206,18 @@ class Workload:
 
     def _weight(self, parts: list[np.ndarray]) -> float:
         base = self.federation.base
-        positions = sum(map(len, parts)) * max(int(self.lengths[part].max()) for part in parts)
+        positions = sum(map(len, parts)) * self._step_width(parts)
         return positions * _width(base) + sum(int(self.predicted[part].sum()) for part in parts) * _logits(base)
+
+    def _step_width(self, parts: list[np.ndarray]) -> int:
+        """Tokens to which a step of these batches is padded, as ``concatenated`` does it."""
+        widths = {int(self.lengths[part].max()) for part in parts}
+        return common_width(max(widths), self.federation.base.positions) if len(widths) > 1 else max(widths)
 
     def shapes(self, chunk: int) -> tuple[int, int]:
         """Returns how many differently shaped steps and evaluation batches a run has (evaluations, baseline)."""
         steps = (parts for turns in self.turns for parts in _steps(turns, chunk))
-        different = {(sum(map(len, p)), len(p), max(int(self.lengths[i].max()) for i in p)) for p in steps}
+        different = {(sum(map(len, p)), len(p), self._step_width(p)) for p in steps}
         federation = self.federation
         splits = [federation.validation.lengths, federation.test.lengths]
         if federation.sites.dataset.kind == "classes":

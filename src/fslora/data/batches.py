@@ -69,6 +69,17 @@ def padding(name: str, pad_id: int) -> int:
     return {"input_ids": pad_id, "token_labels": IGNORED}.get(name, 0)
 
 
+def common_width(longest: int, positions: int) -> int:
+    """Returns ``longest`` tokens rounded up to one of 16 widths per octave, 3 % more in the mean.
+
+    Tensors then come in fewer sizes: freed ones fit again, and the processor's library keeps fewer kernels. Where the
+    model has no room for that (two of its ``positions`` may be reserved, as RoBERTa's are), it is ``longest`` itself.
+    """
+    grain = 1 << max(0, (longest // 16).bit_length() - 1)
+    width = -(-longest // grain) * grain
+    return width if width <= positions - 2 else longest
+
+
 def encode(examples: Examples, tokenizer: Any, max_length: int) -> Encoded:
     """Returns the examples as token ids, cut to ``max_length`` tokens; how many were cut is counted."""
     if len(examples) == 0:

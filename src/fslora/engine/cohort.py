@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional
 
 from fslora.config import LocalConfig
-from fslora.data.batches import padding
+from fslora.data.batches import common_width, padding
 from fslora.engine.optim import make_optimizer, narrowed
 from fslora.models.base import Base
 from fslora.models.slots import Change, Dropout, Layout, StackedDense, StackedPair
@@ -76,7 +76,7 @@ class CohortEngine:
         Reads no value of a tensor, so that it also runs on the meta device, where there are none.
         """
         layout = Layout([len(batch["labels"]) for batch in batches], self.base.device)
-        batch = concatenated(batches, self.base.pad_id)
+        batch = concatenated(batches, self.base.pad_id, self.base.positions)
         pairs, heads = stack.changes(self.base, layout, dropout)
         # Attached until the gradients are there: with gradient checkpointing the backward pass computes layers again.
         with self.base.attached(pairs, heads):
@@ -307,13 +307,17 @@ def stacked_frozen(starts: Sequence[Start], device: torch.device) -> dict[str, t
     return stacked
 
 
-def concatenated(batches: Sequence[Batch], pad_id: int) -> Batch:
-    """Returns the batches one after the other, texts padded on the right to the longest among them."""
+def concatenated(batches: Sequence[Batch], pad_id: int, positions: int) -> Batch:
+    """Returns the batches one after the other, texts padded on the right to the longest among them.
+
+    Where there is padding at all, to one of a few widths (``common_width``); a step of equal lengths stays without.
+    """
     joined = {}
     for name, first in batches[0].items():
         parts = [batch[name] for batch in batches]
         if first.dim() == 2:
-            width = max(part.shape[1] for part in parts)
+            widths = {part.shape[1] for part in parts}
+            width = common_width(max(widths), positions) if len(widths) > 1 else max(widths)
             value = padding(name, pad_id)
             parts = [functional.pad(part, (0, width - part.shape[1]), value=value) for part in parts]
         joined[name] = torch.cat(parts)

@@ -131,6 +131,11 @@ class Base:
         return len(batch["labels"]) * (1 + batch["pixel_values"][0, 0].numel() // patch**2)
 
     @property
+    def positions(self) -> int:
+        """The longest sequence that the model has room for."""
+        return int(getattr(self.model.config, "max_position_embeddings", None) or 2**31)
+
+    @property
     def fan_in_fan_out(self) -> bool:
         """Whether the adapted layers keep their weight as [in out], as GPT-2's Conv1D does."""
         return any(self.is_transposed(path) for path in self.targets)
