@@ -22,6 +22,7 @@ from fslora.console import Silent
 from fslora.errors import ConfigError
 from fslora.methods import METHODS
 from fslora.metrics import METRICS
+from fslora.processes import threads_each
 from fslora.runfolder import RunFolder
 
 SMALL = {"methods": ["fedit", "fslora"], "seeds": 2}
@@ -547,9 +548,9 @@ def test_a_worker_that_is_killed_costs_its_cell_and_no_other(tiny_settings, tmp_
 
 def test_threads_are_shared_out(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "6")
-    assert [crew.threads_each(jobs) for jobs in (1, 2, 4, 9)] == [6, 3, 1, 1]
+    assert [threads_each(jobs) for jobs in (1, 2, 4, 9)] == [6, 3, 1, 1]
     monkeypatch.delenv("OMP_NUM_THREADS")
-    assert crew.threads_each(10_000) == 1
+    assert threads_each(10_000) == 1
 
 
 def test_a_follower_tells_of_whole_new_rows_only(tmp_path):

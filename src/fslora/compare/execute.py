@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from fslora.compare.crew import Crew, threads_each
+from fslora.compare.crew import Crew
 from fslora.compare.ledger import Ledger
 from fslora.compare.plan import Cell, Key, make_plan
 from fslora.compare.worker import Bench
 from fslora.config import Experiment, load, to_toml
 from fslora.errors import FsloraError
+from fslora.processes import threads_each
 from fslora.report.merit import outcome_text
 from fslora.report.read import score
 from fslora.rounds import Watcher
