@@ -385,6 +385,43 @@ class EngineConfig(Section):
         "cohort", description="'cohort' trains clients together over one base; 'sequential' one after the other."
     )
     chunk: int = Field(10, ge=1, description="Clients trained together; bounds memory. Gains end at 8 to 16 on CPU.")
+    workers: Annotated[int, Field(ge=1)] | tuple[str, ...] = Field(
+        1,
+        description="Processes that train, each with a base of its own and a chunk at a time: how many, or the device "
+        "of each, e.g. ['cuda:0', 'cuda:1']. A round occupies as many as it has chunks. 1: this process alone.",
+    )
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _from_list(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("workers")
+    @classmethod
+    def _one_kind_of_device(cls, value: Any) -> Any:
+        if isinstance(value, int):
+            return value
+        kinds = {device.partition(":")[0] for device in value}
+        if not value or not all(re.fullmatch(r"cpu|cuda(:\d+)?", device) for device in value):
+            raise ValueError("name one device per process, 'cpu', 'cuda' or 'cuda:N', or give their number")
+        if len(kinds) > 1:
+            raise ValueError("devices of two kinds round differently, so that results would depend on who trained what")
+        return value
+
+    @property
+    def together(self) -> int:
+        """How many clients are trained together."""
+        return self.chunk if self.name == "cohort" else 1
+
+    def devices(self, cohort: int) -> tuple[str, ...]:
+        """Returns the device of each worker process that rounds of so many clients occupy ('': that of the model).
+
+        None where this process trains by itself.
+        """
+        chunks = -(-cohort // self.together)
+        if isinstance(self.workers, int):
+            return ("",) * min(self.workers, chunks) if min(self.workers, chunks) > 1 else ()
+        return self.workers[:chunks]
 
 
 class CompareConfig(Section):

@@ -303,21 +303,16 @@ def _memory(planned: Planned) -> Section:
         "activations": step.activations,
         "evaluation": evaluation.activations,
         "libraries": libraries,
-        "chunk": min(_chunk(planned), len(planned.work.cohorts[0])),
+        "chunk": min(planned.experiment.engine.together, len(planned.work.cohorts[0])),
         "peak": planned.resident + max(loading, working),
         "gpu_peak": CUDA_CONTEXT + weights + tensors if on_gpu else None,
         "machine": dict(machine_memory()),
     }
 
 
-def _chunk(planned: Planned) -> int:
-    engine = planned.experiment.engine
-    return engine.chunk if engine.name == "cohort" else 1
-
-
 def _kernels(planned: Planned, step: Tracked, evaluation: Tracked) -> int:
     """How many kernels, made for one shape each, the processor's library will come to keep."""
-    steps, batches = planned.work.shapes(_chunk(planned))
+    steps, batches = planned.work.shapes(planned.experiment.engine.together)
     return min(KEPT_KERNELS, steps * step.products + batches * evaluation.products)
 
 
@@ -333,7 +328,7 @@ def _evaluated(planned: Planned) -> Tracked:
 def _tracked(planned: Planned) -> Tracked:
     """One local step of the largest ranks over the heaviest batches of the run."""
     experiment, federation = planned.experiment, planned.federation
-    parts = planned.work.heaviest(_chunk(planned))
+    parts = planned.work.heaviest(planned.experiment.engine.together)
     ranks = sorted((client.rank for client in federation.trainers), reverse=True)
     exchanges = [planned.rehearsal.rounds[-1][rank] for rank in ranks[: len(parts)]]
     batches = [federation.train.batch(part) for part in parts]
@@ -344,7 +339,7 @@ def _server_bytes(planned: Planned) -> int:
     """The state with the sum that replaces it, and the messages that are held at one time."""
     experiment, rehearsal = planned.experiment, planned.rehearsal
     cohort = len(planned.work.cohorts[0])
-    chunk = min(_chunk(planned), cohort)
+    chunk = min(planned.experiment.engine.together, cohort)
     largest = max(rehearsal.rounds[-1].values(), key=lambda exchange: exchange.up)
     held = chunk * (largest.down + largest.start.adapter.nbytes + largest.up)
     if not experiment.method.streams:

@@ -24,7 +24,7 @@ from fslora.cost import simulated_seconds
 from fslora.errors import TrainingError, WireError
 from fslora.evaluate import predict_dealt
 from fslora.fleet import sample_cohort
-from fslora.memory import Heap, keep_freed_memory
+from fslora.memory import Heap, keep_freed_memory, peak_memory
 from fslora.prepare import Federation
 from fslora.runfolder import RunFolder
 from fslora.types import Adapter, Broadcast, Client, ClientMemory, ClientUpdate, Round, ServerState, Site
@@ -233,6 +233,10 @@ class Rounds(ABC):
     def served(self, state: ServerState) -> Sequence[Adapter]:
         """Returns what the method ends with: the global adapter alone, or one for each client of the fleet, by id."""
         return served(self.federation, state, self.memories)
+
+    def peak_memory(self) -> int:
+        """Returns what the run has held at most, in bytes."""
+        return peak_memory()
 
     def evaluate(self, state: ServerState) -> dict[str, float]:
         """Returns the scores on the validation split; those of personal models are the mean over clients."""

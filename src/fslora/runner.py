@@ -22,13 +22,14 @@ from fslora.config import Experiment, load, to_toml
 from fslora.errors import FsloraError
 from fslora.evaluate import predict, predict_dealt
 from fslora.export import export_peft, import_peft
-from fslora.memory import forget_peak_memory, peak_memory
+from fslora.memory import forget_peak_memory
 from fslora.metrics import Scores
 from fslora.objectives import Predictions, joined
 from fslora.prepare import Federation, Workshop
+from fslora.processes import threads_each
 from fslora.rounds import Rounds, Watcher
 from fslora.runfolder import RunFolder
-from fslora.simulate import Simulation
+from fslora.simulate import Simulation, Simulations, cohort_size, worker_devices
 from fslora.types import Adapter, ServerState
 
 
@@ -42,6 +43,10 @@ class Stage(Protocol):
         """Opens the progress of one run's rounds; ``metric`` is what it is judged by."""
 
 
+Make = Callable[[Federation, RunFolder, Watcher], Rounds]
+"""Makes the rounds of a run: a simulation's, or those of a server with clients elsewhere."""
+
+
 def start(experiment: Experiment, path: Path, stage: Stage) -> RunFolder:
     """Returns the folder of a new run after carrying it out; ``resume`` does the same for one that exists.
 
@@ -53,7 +58,9 @@ def start(experiment: Experiment, path: Path, stage: Stage) -> RunFolder:
     workshop.sites(experiment)
     folder = RunFolder.create(path)
     folder.write_text("experiment.toml", to_toml(experiment))
-    folder.write_json("environment.json", environment())
+    devices = worker_devices(experiment)
+    workers = {"workers": len(devices), "worker_threads": threads_each(len(devices))} if devices else {}
+    folder.write_json("environment.json", {**environment(), **workers})
     carry_out(experiment, folder, workshop, stage)
     return folder
 
@@ -68,6 +75,11 @@ def resume(path: Path, stage: Stage) -> RunFolder:
 
 def carry_out(experiment: Experiment, folder: RunFolder, workshop: Workshop, stage: Stage) -> None:
     """Does whatever of the experiment is not yet in its folder; the page is written at the end, however that comes."""
+    with Simulations() as make:
+        _carry_out(experiment, folder, workshop, stage, make)
+
+
+def _carry_out(experiment: Experiment, folder: RunFolder, workshop: Workshop, stage: Stage, make: Make) -> None:
     federation = workshop.federation(experiment)
     folder.write_json("data.json", federation.describe())
     _explain(federation, stage)
@@ -78,7 +90,7 @@ def carry_out(experiment: Experiment, folder: RunFolder, workshop: Workshop, sta
     try:
         untrained = None
         if not folder.finished:
-            untrained = run_one(federation, folder, experiment.method.name, None, stage)
+            untrained = run_one(federation, folder, experiment.method.name, None, stage, make)
         for name in experiment.variants:
             varied = experiment.variant(name)
             inside = folder.variant(name)
@@ -88,7 +100,7 @@ def carry_out(experiment: Experiment, folder: RunFolder, workshop: Workshop, sta
             inside.write_text("experiment.toml", to_toml(varied))
             if other.sites is not federation.sites:
                 inside.write_json("data.json", other.describe())
-            untrained = run_one(other, inside, name, untrained, stage)
+            untrained = run_one(other, inside, name, untrained, stage, make)
     except BaseException:
         with suppress(FsloraError):  # the page must not hide what stopped the run
             write_report(folder)
@@ -157,7 +169,12 @@ class Untrained:
 
 
 def run_cell(
-    experiment: Experiment, folder: RunFolder, workshop: Workshop, watcher: Watcher, known: Untrained | None = None
+    experiment: Experiment,
+    folder: RunFolder,
+    workshop: Workshop,
+    watcher: Watcher,
+    known: Untrained | None = None,
+    make: Make = Simulation,
 ) -> Untrained:
     """Carries out one run of a comparison: rounds from the folder's checkpoint on, adapter, summary; no page.
 
@@ -170,15 +187,11 @@ def run_cell(
     federation = workshop.federation(experiment)
     folder.write_text("experiment.toml", to_toml(experiment))
     folder.write_json("data.json", federation.describe())
-    simulation = Simulation(federation, folder, watcher)
+    simulation = make(federation, folder, watcher)
     untrained = Untrained.of(federation, known)
     _finish(simulation, simulation.run(), untrained)
     folder.drop_checkpoints()
     return untrained
-
-
-Make = Callable[[Federation, RunFolder, Watcher], Rounds]
-"""Makes the rounds of a run: a simulation's, or those of a server with clients elsewhere."""
 
 
 def run_one(
@@ -291,7 +304,7 @@ def _summary(rounds: Rounds, adapters: Sequence[Adapter], before: Scored) -> dic
         "server_seconds": sum(row["server_seconds"] for row in rows),
         "server_bytes": max(row["server_bytes"] for row in rows),
         "client_memory_bytes": max(max(row["client_memory"].values()) for row in rows),
-        "peak_memory_bytes": peak_memory(),
+        "peak_memory_bytes": rounds.peak_memory(),
         "adapter_rank": adapters[0].rank,
         "adapter_parameters": sum(tensor.numel() for tensor in adapters[0].tensors().values()),
         "base_parameters": federation.base.parameters,
@@ -341,6 +354,23 @@ def _explain(federation: Federation, stage: Stage) -> None:
     stage.note(
         f"{base.name}: {base.parameters / 1e6:.1f} M frozen parameters on {base.device}, "
         f"{len(base.targets)} adapted layers"
+    )
+    note = workers_note(federation.experiment)
+    if note:
+        stage.note(note)
+
+
+def workers_note(experiment: Experiment) -> str:
+    """Returns what becomes of ``engine.workers``; nothing where there is nothing to say."""
+    engine, devices = experiment.engine, worker_devices(experiment)
+    asked = engine.workers if isinstance(engine.workers, int) else len(engine.workers)
+    made = f"{len(devices)} worker processes, {threads_each(len(devices))} threads each" if devices else ""
+    if asked <= max(1, len(devices)):
+        return made
+    cohort = cohort_size(experiment)
+    return (
+        f"engine.workers asks for {asked}, but a round of {cohort} clients, {engine.together} at a time, occupies "
+        f"{max(1, len(devices))}: lower engine.chunk to {max(1, cohort // asked)} to occupy more"
     )
 
 

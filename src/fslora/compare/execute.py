@@ -10,16 +10,17 @@ from typing import Protocol
 
 from fslora.compare.crew import Crew
 from fslora.compare.ledger import Ledger
-from fslora.compare.plan import Cell, Key, make_plan
+from fslora.compare.plan import Cell, Key, Plan, make_plan
 from fslora.compare.worker import Bench
 from fslora.config import Experiment, load, to_toml
-from fslora.errors import FsloraError
+from fslora.errors import ConfigError, FsloraError
 from fslora.processes import threads_each
 from fslora.report.merit import outcome_text
 from fslora.report.read import score
 from fslora.rounds import Watcher
 from fslora.runfolder import RunFolder
 from fslora.runner import environment
+from fslora.simulate import worker_devices
 
 PATIENCE = 0.5
 """Seconds between two looks at how far the workers are."""
@@ -60,6 +61,7 @@ def start(experiment: Experiment, path: Path, jobs: int, stage: Stage) -> Ledger
         FsloraError: Anything that makes the comparison impossible. What goes wrong in a cell is in the ledger.
     """
     plan, bench = make_plan(experiment), Bench()
+    _check_processes(plan, jobs)
     first = [cell.experiment for cell in plan.cells if cell.seed == plan.seeds[0]]
     workshop = bench.workshop(plan.seeds[0])
     for one in first:
@@ -81,7 +83,9 @@ def start(experiment: Experiment, path: Path, jobs: int, stage: Stage) -> Ledger
 def resume(path: Path, jobs: int, stage: Stage) -> Ledger:
     """Returns the ledger of a comparison after running what is not finished in it; what failed is tried again."""
     RunFolder.open(path)
-    ledger = Ledger.of(make_plan(load(path / "experiment.toml")), path)
+    plan = make_plan(load(path / "experiment.toml"))
+    _check_processes(plan, jobs)
+    ledger = Ledger.of(plan, path)
     carry_out(ledger, jobs, Bench(), stage)
     return ledger
 
@@ -99,7 +103,20 @@ def carry_out(ledger: Ledger, jobs: int, bench: Bench, stage: Stage) -> None:
         with suppress(FsloraError):  # the page must not hide what stopped the comparison
             write_report(ledger.path)
         raise
+    finally:
+        bench.simulations.close()
     write_report(ledger.path)
+
+
+def _check_processes(plan: Plan, jobs: int) -> None:
+    """Refuses runs side by side of which each would start workers of its own."""
+    for cell in plan.cells if jobs > 1 else ():
+        workers = len(worker_devices(cell.experiment))
+        if workers:
+            raise ConfigError(
+                f"--jobs is {jobs}, and engine.workers would start {workers} more processes for each of those runs; "
+                "set engine.workers to 1, or --jobs to 1"
+            )
 
 
 def write_report(path: Path) -> Path:

@@ -28,6 +28,7 @@ from fslora.report.text import plain
 from fslora.rounds import Watcher
 from fslora.runfolder import RunFolder
 from fslora.runner import Untrained, run_cell
+from fslora.simulate import Simulations
 
 
 class Bench:
@@ -37,6 +38,8 @@ class Bench:
         self._seed: int | None = None
         self._workshop = Workshop()
         self._untrained: Untrained | None = None
+        self.simulations = Simulations()
+        """Whose worker processes (``engine.workers``) serve one cell after the other."""
 
     def workshop(self, seed: int) -> Workshop:
         """Returns the workshop of a seed; data and tokens of another seed are let go."""
@@ -52,7 +55,7 @@ class Bench:
         workshop = self.workshop(experiment.run.seed)
         try:
             _make_room(folder)
-            self._untrained = run_cell(experiment, folder, workshop, watcher, self._untrained)
+            self._untrained = run_cell(experiment, folder, workshop, watcher, self._untrained, self.simulations)
             return None
         except FsloraError as error:
             told = str(error)

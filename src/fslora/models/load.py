@@ -287,17 +287,17 @@ def _head_modules(model: Any, fresh: tuple[str, ...]) -> tuple[str, ...]:
     return (*beside, *sorted(inside))
 
 
-def device_of(model: ModelConfig) -> torch.device:
-    """Returns where the base is to live."""
-    wanted = model.device
+def device_of(model: ModelConfig, instead: str = "", key: str = "model.device") -> torch.device:
+    """Returns where the base is to live: on ``model.device``, or on another one that ``key`` names."""
+    wanted = instead or model.device
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(wanted)
     except RuntimeError:
-        raise ModelError(f"model.device is {wanted!r}; give 'auto', 'cpu', 'cuda' or 'cuda:N'") from None
+        raise ModelError(f"{key} is {wanted!r}; give 'auto', 'cpu', 'cuda' or 'cuda:N'") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ModelError(f"model.device is {wanted!r}, but {torch.cuda.device_count()} GPUs are visible")
+        raise ModelError(f"{key} is {wanted!r}, but {torch.cuda.device_count()} GPUs are visible")
     return device
 
 
