@@ -1,4 +1,4 @@
-"""Cohorts over worker processes: the bits of one process, whatever the number of workers, and no process left behind."""
+"""Cohorts over worker processes: the bits of one process, however many there are, and no process left behind."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,7 @@ from fslora.prepare import Federation
 from fslora.report.text import byte_text, count, counted, duration, percent
 from fslora.report.text import operations as flop_text
 from fslora.rounds import wire_of
-from fslora.traffic import Rehearsal, rehearse
+from fslora.traffic import Exchange, Rehearsal, rehearse
 from fslora.workload import Certainty, Workload, outlined
 
 EFFICIENCY = 0.4
@@ -84,6 +84,11 @@ class Planned:
     def device(self) -> torch.device:
         """Where the run will be."""
         return device_of(self.experiment.model)
+
+    @property
+    def workers(self) -> tuple[str, ...]:
+        """The device of each worker process; '' for that of the model."""
+        return self.experiment.engine.devices(len(self.work.cohorts[0]))
 
     @property
     def efficiency(self) -> float:
@@ -289,11 +294,19 @@ def _memory(planned: Planned) -> Section:
     step, evaluation = _tracked(planned), _evaluated(planned)
     weights, server = weight_bytes(base, model.quantize), _server_bytes(planned)
     loading = _loading_bytes(planned, weights)
-    tensors = max(step.trained + step.activations, evaluation.activations)
+    trains, evaluates = step.trained + step.activations, evaluation.activations
     on_gpu = planned.device.type == "cuda"
-    held = server + (0 if on_gpu else tensors)
-    libraries = int(ALLOCATOR * held) + planned.kernel * _kernels(planned, step, evaluation)
-    working = held + libraries + (0 if on_gpu else weights)
+    kernels = planned.kernel * _kernels(planned, step, evaluation)
+
+    def peak(messages: int, tensors: int) -> int:
+        """Of one process with a base, and with these beside it."""
+        held = messages + (0 if on_gpu else tensors)
+        working = held + int(ALLOCATOR * held) + kernels + (0 if on_gpu else weights)
+        return planned.resident + max(loading, working)
+
+    workers = planned.workers
+    together = max(trains, evaluates)
+    worker = peak(_message_bytes(planned), trains) if workers else None
     return {
         "process": planned.resident,
         "weights": weights,
@@ -301,13 +314,23 @@ def _memory(planned: Planned) -> Section:
         "server": server,
         "trained": step.trained,
         "activations": step.activations,
-        "evaluation": evaluation.activations,
-        "libraries": libraries,
+        "evaluation": evaluates,
+        "libraries": int(ALLOCATOR * (server + (0 if on_gpu else together))) + kernels,
         "chunk": min(planned.experiment.engine.together, len(planned.work.cohorts[0])),
-        "peak": planned.resident + max(loading, working),
-        "gpu_peak": CUDA_CONTEXT + weights + tensors if on_gpu else None,
+        "workers": len(workers),
+        "worker": worker,
+        "peak": peak(server, evaluates) + len(workers) * worker if worker else peak(server, together),
+        "gpu_peak": _gpu_peak(workers, weights, trains, evaluates) if on_gpu else None,
         "machine": dict(machine_memory()),
     }
+
+
+def _gpu_peak(workers: Sequence[str], weights: int, trains: int, evaluates: int) -> int:
+    """Of the fullest GPU: this process evaluates there, and trains, or has workers train beside it."""
+    if not workers:
+        return CUDA_CONTEXT + weights + max(trains, evaluates)
+    beside = max(Counter(workers).values())
+    return CUDA_CONTEXT + weights + evaluates + beside * (CUDA_CONTEXT + weights + trains)
 
 
 def _kernels(planned: Planned, step: Tracked, evaluation: Tracked) -> int:
@@ -339,12 +362,22 @@ def _server_bytes(planned: Planned) -> int:
     """The state with the sum that replaces it, and the messages that are held at one time."""
     experiment, rehearsal = planned.experiment, planned.rehearsal
     cohort = len(planned.work.cohorts[0])
-    chunk = min(planned.experiment.engine.together, cohort)
-    largest = max(rehearsal.rounds[-1].values(), key=lambda exchange: exchange.up)
-    held = chunk * (largest.down + largest.start.adapter.nbytes + largest.up)
+    chunk = min(experiment.engine.together, cohort)
+    chunks = min(max(1, 2 * len(planned.workers)), -(-cohort // chunk))
+    held = chunks * _message_bytes(planned)
     if not experiment.method.streams:
-        held += (cohort - chunk) * largest.up
+        held += max(0, cohort - chunks * chunk) * _largest(planned).up
     return 2 * rehearsal.state + held
+
+
+def _message_bytes(planned: Planned) -> int:
+    """What a chunk's clients get, start from and send."""
+    largest, chunk = _largest(planned), min(planned.experiment.engine.together, len(planned.work.cohorts[0]))
+    return chunk * (largest.down + largest.start.adapter.nbytes + largest.up)
+
+
+def _largest(planned: Planned) -> Exchange:
+    return max(planned.rehearsal.rounds[-1].values(), key=lambda exchange: exchange.up)
 
 
 def _loading_bytes(planned: Planned, weights: int) -> int:
@@ -507,8 +540,10 @@ def _memory_rows(memory: Section) -> Rows:
         ("activations of a step", byte_text(memory["activations"]), "at its peak"),
         ("a batch of an evaluation", byte_text(memory["evaluation"]), "instead"),
         ("libraries", byte_text(memory["libraries"]), "kept kernels, and what the allocator does not give back"),
-        ("peak", byte_text(memory["peak"]), f"of {byte_text(memory['machine'].get('host'))} here"),
     ]
+    if memory["workers"]:
+        rows.append(("a worker process", byte_text(memory["worker"]), f"{memory['workers']} of them beside this one"))
+    rows.append(("peak", byte_text(memory["peak"]), f"of {byte_text(memory['machine'].get('host'))} here"))
     if memory["gpu_peak"] is not None:
         rows.append(("peak on the GPU", byte_text(memory["gpu_peak"]), f"of {byte_text(memory['machine'].get('gpu'))}"))
     return rows
