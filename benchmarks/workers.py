@@ -5,8 +5,8 @@
 
 Peers: this process with one thread for each worker; the worker processes with one thread each; and one worker process
 with all threads, which is what messages between processes cost. Whole rounds of the embedded default with a cohort of
-so many full chunks (engine.chunk as it stands): its texts, and texts of 64 tokens each. The best wall time counts for
-nothing here: ratios are of turns next to each other.
+so many full chunks (engine.chunk as it stands): its texts, and texts of 64 tokens each. Ratios are of turns next to
+each other: how much longer the one process takes.
 """
 
 from __future__ import annotations
@@ -140,11 +140,14 @@ def main() -> None:
         return
     os.environ["OMP_NUM_THREADS"] = str(args.workers)  # of which every worker gets its share
     torch.set_num_threads(args.workers)
-    with tempfile.TemporaryDirectory() as folder:
-        rows = [measure("its texts", [], args), measure("64 tokens", equal_lengths(Path(folder)), args)]
     print(f"{args.workers} workers, {10 * args.chunks} clients a round, {' '.join(args.set)} {environment()['cpu']}\n")
     peers = [f"over {args.workers} processes of one thread", "over one process, not this one"]
-    print(table(["", "one process, s", *peers, "MiB sent", "an evaluation, s", "largest difference"], rows))
+    header = ["", "one process, s", *peers, "MiB sent", "an evaluation, s", "largest difference"]
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {"its texts": [], "64 tokens": equal_lengths(Path(folder))}
+        for number, (name, items) in enumerate(settings.items()):
+            lines = table(header, [measure(name, items, args)]).splitlines()
+            print("\n".join(lines[2 * bool(number) :]), flush=True)
 
 
 if __name__ == "__main__":

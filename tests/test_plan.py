@@ -215,6 +215,19 @@ def test_the_table_and_the_warning(tiny_settings, monkeypatch):
     assert "note:" not in quiet.output
 
 
+def test_worker_processes_are_planned_for(tiny_settings):
+    """Each has a base and trains a chunk; this process evaluates and averages."""
+    items = [*tiny_settings, "variants={}", "engine.chunk=2"]
+    one, two = (plan(config.load(None, [*items, f"engine.workers={n}"]))["memory"] for n in (1, 2))
+    assert (one["workers"], one["worker"]) == (0, None)
+    assert two["workers"] == 2
+    assert two["worker"] > two["process"] + two["weights"] + two["trained"] + two["activations"]
+    assert two["peak"] - 2 * two["worker"] == pytest.approx(one["peak"], rel=0.1)
+    args = [part for item in [*items, "engine.workers=2"] for part in ("--set", item)]
+    result = CliRunner().invoke(app, ["plan", *args], env={"COLUMNS": "120"})
+    assert "2 of them beside this one" in result.output
+
+
 def measured_and_planned(settings: list[str], folder: Path) -> tuple[int, int]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     words = [part for item in settings for part in ("--set", item)]
@@ -231,6 +244,13 @@ def measured_and_planned(settings: list[str], folder: Path) -> tuple[int, int]:
 @pytest.mark.slow
 def test_the_memory_of_a_tiny_run(tiny_settings, tmp_path):
     measured, planned = measured_and_planned([*tiny_settings, "run.rounds=1", "variants={}"], tmp_path / "run")
+    assert planned == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_run_over_two_workers(tiny_settings, tmp_path):
+    settings = [*tiny_settings, "run.rounds=1", "variants={}", "engine.chunk=2", "engine.workers=2"]
+    measured, planned = measured_and_planned(settings, tmp_path / "run")
     assert planned == pytest.approx(measured, rel=0.15)
 
 

@@ -250,14 +250,15 @@ def test_a_gpu_that_is_not_there_is_named(settings, tmp_path):
     ("more", "devices", "note"),
     [
         ([], (), ""),
-        (["engine.workers=2"], ("", ""), "2 worker processes, 1 threads each"),
-        (["engine.workers=3"], ("", "", ""), "3 worker processes"),
-        (["engine.workers=4"], ("", "", ""), "occupies 3: lower engine.chunk to 1 to occupy more"),
-        (["engine.workers=4", "engine.name=sequential"], ("",) * 4, "4 worker processes"),
-        (["engine.workers=2", "engine.chunk=6"], (), "occupies 1: lower engine.chunk to 3"),
+        (["engine.workers=2"], ("", ""), "worker processes: 2, threads of each: 1"),
+        (["engine.workers=3"], ("", "", ""), "worker processes: 3"),
+        (["engine.workers=4"], ("", "", ""), "occupies 3; lower engine.chunk to 1 to occupy more"),
+        (["engine.workers=4", "engine.name=sequential"], ("",) * 4, "worker processes: 4"),
+        (["engine.workers=7", "engine.name=sequential"], ("",) * 6, "1 at a time, occupies 6"),
+        (["engine.workers=2", "engine.chunk=6"], (), "occupies 1; lower engine.chunk to 3"),
         (["engine.workers=2", "fleet.pooled=true"], (), "a round of 1 clients"),
-        (["engine.workers=['cpu']", "engine.chunk=6"], ("cpu",), "1 worker processes"),
-        (["engine.workers=['cpu', 'cpu']"], ("cpu", "cpu"), "2 worker processes"),
+        (["engine.workers=['cpu']", "engine.chunk=6"], ("cpu",), "worker processes: 1"),
+        (["engine.workers=['cpu', 'cpu']"], ("cpu", "cpu"), "worker processes: 2"),
     ],
 )
 def test_a_round_occupies_as_many_workers_as_it_has_chunks(settings, more, devices, note):

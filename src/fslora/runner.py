@@ -54,11 +54,10 @@ def start(experiment: Experiment, path: Path, stage: Stage) -> RunFolder:
         FsloraError: Anything that makes the run impossible; data, ranks and folder are checked before the model
             is loaded, and the model before anything is trained.
     """
-    workshop = Workshop()
+    workshop, devices = Workshop(), worker_devices(experiment)
     workshop.sites(experiment)
     folder = RunFolder.create(path)
     folder.write_text("experiment.toml", to_toml(experiment))
-    devices = worker_devices(experiment)
     workers = {"workers": len(devices), "worker_threads": threads_each(len(devices))} if devices else {}
     folder.write_json("environment.json", {**environment(), **workers})
     carry_out(experiment, folder, workshop, stage)
@@ -364,13 +363,14 @@ def workers_note(experiment: Experiment) -> str:
     """Returns what becomes of ``engine.workers``; nothing where there is nothing to say."""
     engine, devices = experiment.engine, worker_devices(experiment)
     asked = engine.workers if isinstance(engine.workers, int) else len(engine.workers)
-    made = f"{len(devices)} worker processes, {threads_each(len(devices))} threads each" if devices else ""
     if asked <= max(1, len(devices)):
-        return made
+        return f"worker processes: {len(devices)}, threads of each: {threads_each(len(devices))}" if devices else ""
     cohort = cohort_size(experiment)
+    smaller = max(1, cohort // asked)
+    remedy = f"; lower engine.chunk to {smaller} to occupy more" if smaller < engine.together else ""
     return (
-        f"engine.workers asks for {asked}, but a round of {cohort} clients, {engine.together} at a time, occupies "
-        f"{max(1, len(devices))}: lower engine.chunk to {max(1, cohort // asked)} to occupy more"
+        f"engine.workers asks for {asked} processes, but a round of {cohort} clients, {engine.together} at a time, "
+        f"occupies {max(1, len(devices))}{remedy}"
     )
 
 
