@@ -77,7 +77,7 @@ class Peers:
 
 def measure(name: str, items: list[str], args: argparse.Namespace) -> list[str]:
     """One row of the table."""
-    clients = 10 * args.chunks
+    clients = config.load(None, args.set).engine.chunk * args.chunks
     given = ["variants={}", f"fleet.clients={clients}", "fleet.cohort=all", *items, *args.set]
     with tempfile.TemporaryDirectory() as folder:
         federation = Workshop().federation(config.load(None, given))
@@ -140,7 +140,7 @@ def main() -> None:
         return
     os.environ["OMP_NUM_THREADS"] = str(args.workers)  # of which every worker gets its share
     torch.set_num_threads(args.workers)
-    print(f"{args.workers} workers, {10 * args.chunks} clients a round, {' '.join(args.set)} {environment()['cpu']}\n")
+    print(f"{args.workers} workers, {args.chunks} chunks a round, {' '.join(args.set)} {environment()['cpu']}\n")
     peers = [f"over {args.workers} processes of one thread", "over one process, not this one"]
     header = ["", "one process, s", *peers, "MiB sent", "an evaluation, s", "largest difference"]
     with tempfile.TemporaryDirectory() as folder:
