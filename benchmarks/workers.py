@@ -48,6 +48,12 @@ def equal_lengths(folder: Path) -> list[str]:
     return ["data.task=table", f"data.source={folder / 'equal.csv'}", "partition.kind=iid", "model.max_length=64"]
 
 
+def processor_time(pids: list[int]) -> float:
+    """Returns the seconds of processor time that these processes have taken."""
+    fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids]
+    return sum(int(field[11]) + int(field[12]) for field in fields) / os.sysconf("SC_CLK_TCK")
+
+
 class Peers:
     """The ways to carry out the same round; all kept, so that turns can alternate."""
 
@@ -55,6 +61,8 @@ class Peers:
         self.federation, self.pools = federation, dict[str, Pool]()
         self.works: dict[str, Callable[[], object]] = {}
         self.last: dict[str, tuple[int, torch.Tensor]] = {}
+        self.processor: dict[str, list[float]] = {}
+        """Seconds of processor time of each turn, all processes and threads; steadier on a shared machine."""
         alone = Simulation(federation, RunFolder.create(folder / "one"), Silent())
         self.works["one process"] = lambda: self._round("one process", alone)
         for name, count in (("worker processes", workers), ("one worker process", 1)):
@@ -65,8 +73,11 @@ class Peers:
         self.alone = alone
 
     def _round(self, name: str, run: Simulation | Spread) -> None:
+        workers = [worker.process.pid for worker in self.pools[name].workers] if name in self.pools else []
+        began = time.process_time() + processor_time(workers)
         state, tally = run.round(run.initial_state(), 0)
         travelled = sum(tally.bytes_down.values()) + sum(tally.bytes_up.values())
+        self.processor.setdefault(name, []).append(time.process_time() + processor_time(workers) - began)
         self.last[name] = travelled, torch.cat([t.flatten() for t in state.adapter.tensors().values()])
 
     def close(self) -> None:
@@ -93,6 +104,8 @@ def measure(name: str, items: list[str], args: argparse.Namespace) -> list[str]:
     sent, state = peers.last["one process"]
     worst = max(float((state - other).abs().max()) for _, other in peers.last.values())
     over = [spread([a / b for a, b in zip(one, times[peer].wall, strict=True)]) for peer in peers.pools]
+    mine, theirs = peers.processor["one process"][1:], peers.processor["worker processes"][1:]
+    over.append(spread([a / b for a, b in zip(mine, theirs, strict=True)]))
     return [name, f"{statistics.median(one):.2f}", *over, f"{sent / MIB:.1f}", f"{evaluation:.2f}", f"{worst:.0e}"]
 
 
@@ -141,7 +154,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = str(args.workers)  # of which every worker gets its share
     torch.set_num_threads(args.workers)
     print(f"{args.workers} workers, {args.chunks} chunks a round, {' '.join(args.set)} {environment()['cpu']}\n")
-    peers = [f"over {args.workers} processes of one thread", "over one process, not this one"]
+    peers = [f"over {args.workers} processes of one thread", "over one process, not this one", "processor time"]
     header = ["", "one process, s", *peers, "MiB sent", "an evaluation, s", "largest difference"]
     with tempfile.TemporaryDirectory() as folder:
         settings = {"its texts": [], "64 tokens": equal_lengths(Path(folder))}
