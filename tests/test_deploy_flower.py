@@ -109,8 +109,10 @@ def test_a_run_through_flower_ends_with_the_bits_of_a_simulation(federation, tmp
     other = simulated(folder, tmp_path / "simulated")
     assert_same_world(state_of(folder), state_of(other))
     left, right = folder.read_json("summary.json"), other.read_json("summary.json")
-    for key in ("test", "clients", "bytes_down", "bytes_up", "flops", "finished"):
+    for key in ("test", "bytes_down", "bytes_up", "flops", "finished"):
         assert left[key] == right[key], key
+    for one, other in zip(left["clients"], right["clients"], strict=True):
+        assert one["after"] == pytest.approx(other["after"], rel=1e-5)
     status = folder.read_json("deployment.json")
     assert status["state"] == "done"
     assert len(status["notes"]) == 3
@@ -214,7 +216,7 @@ def test_nothing_but_adapters_and_counts_leaves_a_site(federation, sentiment_fil
     replies = []
     grid.change = lambda node, asked, reply: replies.append(reply) or reply
     carry_out()
-    assert len(replies) == 3 + 2 * 3
+    assert len(replies) == 3 + 2 * 3 + 2 * 3  # hellos, rounds, and the clients' scores before and after
     for reply in replies:
         record = from_flower(reply.content)
         whole = record.header.encode() + b"".join(entry.name.encode() + entry.data for entry in record.entries)

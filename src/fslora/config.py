@@ -39,6 +39,12 @@ class RunConfig(Section):
     seed: int = Field(0, ge=0, description="Seed of every draw: data, partition, ranks, cohorts, sketches, batches.")
     rounds: int = Field(30, ge=1, description="Number of federated rounds.")
     eval_every: int = Field(6, ge=1, description="Rounds between evaluations on the validation split.")
+    eval_on: Literal["server", "clients"] = Field(
+        "server",
+        description="What is scored: the 'server' has a validation and a test split; 'clients': each client's model on "
+        "its own held-out examples (partition.holdout), where they are; the mean counts clients by their number of "
+        "examples. The same examples are then validation and test.",
+    )
     checkpoint_every: int = Field(1, ge=1, description="Rounds between checkpoints; the newest one is kept.")
     max_bytes: float | None = Field(None, gt=0, description="Stop once so many bytes were sent, both ways together.")
     max_flops: float | None = Field(None, gt=0, description="Stop once the clients computed so many operations.")
@@ -560,6 +566,20 @@ class Experiment(Section):
                 "set data.group, or partition.kind to 'dirichlet' or 'iid', or give a folder or pattern of files, "
                 "one per client"
             )
+
+    @model_validator(mode="after")
+    def _something_to_score(self) -> Self:
+        if self.run.eval_on == "clients" and self.partition.holdout == 0:
+            raise ValueError(
+                "run.eval_on is 'clients', but partition.holdout is 0, so that no client has a held-out example; raise "
+                "partition.holdout, or set run.eval_on to 'server'"
+            )
+        if self.run.eval_on == "clients" and (self.compare.grid or self.compare.grids):
+            raise ValueError(
+                "run.eval_on is 'clients', but [compare] has a grid, which would be chosen by the examples that are "
+                "reported; set run.eval_on to 'server', or remove the grid"
+            )
+        return self
 
     @model_validator(mode="after")
     def _choices_named(self) -> Self:

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from fslora.config import load
 from fslora.errors import ArtifactError, ConfigError
+from fslora.evaluate import by_label, client_scores, scored, untrained
 from fslora.export import export_merged, lower_rank, rank_for_energy
 from fslora.prepare import Federation, Workshop
 from fslora.report.merit import LOSS, value_text
@@ -20,7 +21,7 @@ from fslora.report.tables import label_rows
 from fslora.report.text import NONE
 from fslora.rounds import served
 from fslora.runfolder import RunFolder
-from fslora.runner import Stage, Untrained, by_label, client_scores, read_adapters, scored, write_adapter
+from fslora.runner import Stage, read_adapters, write_adapter
 from fslora.types import Adapter
 
 
@@ -34,7 +35,7 @@ def evaluate_run(path: Path, stage: Stage) -> dict[str, Any]:
     adapters = read_adapters(path / "adapter")
     for adapter in adapters:
         _check(adapter, federation)
-    before, after = Untrained.of(federation).scored, scored(federation, adapters)
+    before, after = scored(federation, [untrained(federation)]), scored(federation, adapters)
     return {
         "run": str(path),
         "metric": federation.sites.metric.as_dict(),

@@ -39,6 +39,13 @@ _ALL = (
     Metric("loss", "loss", higher_is_better=False, percent=False),
 )
 METRICS: Mapping[str, Metric] = {metric.name: metric for metric in _ALL}
+RANGES: Mapping[str, tuple[float, float]] = {
+    **dict.fromkeys(("accuracy", "f1", "macro_f1", "exact_match"), (0.0, 1.0)),
+    **dict.fromkeys(("matthews", "pearson", "spearman"), (-1.0, 1.0)),
+    "perplexity": (1.0, float("inf")),
+    "loss": (0.0, float("inf")),
+}
+"""Metric → the least and the most that it can be."""
 
 
 def class_scores(predicted: np.ndarray, labels: np.ndarray, classes: int) -> Scores:

@@ -99,7 +99,11 @@ class Federation:
 
     def describe(self) -> dict[str, Any]:
         """Returns what data.json holds."""
-        return self.sites.describe(self.truncated, self.shortened)
+        described = self.sites.describe(self.truncated, self.shortened)
+        if self.experiment.run.eval_on == "clients":
+            held = int(self.sites.partition.holdout.sizes.sum())
+            described["examples"] |= {"validation": held, "test": held}
+        return {**described, "eval_on": self.experiment.run.eval_on}
 
     @property
     def truncated(self) -> int:

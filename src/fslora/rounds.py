@@ -22,9 +22,10 @@ from fslora.clients import Answer, Request
 from fslora.config import BUDGETS
 from fslora.cost import simulated_seconds
 from fslora.errors import TrainingError, WireError
-from fslora.evaluate import predict_dealt
+from fslora.evaluate import mean_over_clients, own_scores, predict_dealt, untrained
 from fslora.fleet import sample_cohort
 from fslora.memory import Heap, keep_freed_memory, peak_memory
+from fslora.metrics import Scores
 from fslora.prepare import Federation
 from fslora.runfolder import RunFolder
 from fslora.types import Adapter, Broadcast, Client, ClientMemory, ClientUpdate, Round, ServerState, Site
@@ -136,7 +137,7 @@ class Rounds(ABC):
         rows = self.folder.rewind(done)
         totals = rows[-1] if rows else {"round": 0, **dict.fromkeys(TOTALS, 0)}
         if not rows:
-            self._record({**totals, "validation": self.evaluate(state), **self._spectrum(state)})
+            self._record({**totals, **self._evaluation(state), **self._spectrum(state)})
         for number in range(done, run.rounds):
             if self.spent(totals) >= 1:
                 break
@@ -145,7 +146,7 @@ class Rounds(ABC):
             row = totals = self._row(number, tally, totals, time.perf_counter() - began, state)
             last = number + 1 == run.rounds or self.spent(totals) >= 1
             if last or (number + 1) % run.eval_every == 0:
-                row.update(validation=self.evaluate(state), **self._spectrum(state))
+                row.update(**self._evaluation(state), **self._spectrum(state))
                 heap.release()
             else:
                 heap.settle()
@@ -231,7 +232,10 @@ class Rounds(ABC):
             return None
 
     def served(self, state: ServerState) -> Sequence[Adapter]:
-        """Returns what the method ends with: the global adapter alone, or one for each client of the fleet, by id."""
+        """Returns what the method ends with: the global adapter alone, or one for each client of the fleet, by id.
+
+        None of them, where the clients' own are not in this process.
+        """
         return served(self.federation, state, self.memories)
 
     def peak_memory(self) -> int:
@@ -242,9 +246,21 @@ class Rounds(ABC):
         """Returns the scores on the validation split; those of personal models are the mean over clients."""
         return predict_dealt(self.federation.base, self.served(state), self.federation.validation).scores()
 
+    def held_out(self, state: ServerState | None) -> dict[int, Scores]:
+        """Returns the scores of each client's model on its own held-out examples; of None, before any training."""
+        return own_scores(self.federation, [untrained(self.federation)] if state is None else self.served(state))
+
+    def _evaluation(self, state: ServerState) -> dict[str, Any]:
+        """What a row says of an evaluation; the clients' own scores where these are what is scored."""
+        if self.experiment.run.eval_on == "server":
+            return {"validation": self.evaluate(state)}
+        own = self.held_out(state)
+        return {"validation": mean_over_clients(self.federation, own), "client_validation": _by_id(own)}
+
     def _spectrum(self, state: ServerState) -> dict[str, Any]:
         """How the global update's energy is spread over its singular values: where ranks collapse, it shows here."""
-        shares = spectrum(self.served(state)[0])
+        adapters = self.served(state)
+        shares = spectrum(adapters[0]) if adapters else None
         rank = None if shares is None else float(1 / shares.square().sum())
         return {"spectrum": None if shares is None else shares[:64].tolist(), "effective_rank": rank}
 

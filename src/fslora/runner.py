@@ -13,18 +13,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 import fslora
 from fslora.baseline import frozen_baseline
 from fslora.config import Experiment, load, to_toml
 from fslora.errors import FsloraError
-from fslora.evaluate import predict, predict_dealt
+from fslora.evaluate import Scored, by_label, client_scores, scored, untrained
 from fslora.export import export_peft, import_peft
 from fslora.memory import forget_peak_memory
-from fslora.metrics import Scores
-from fslora.objectives import Predictions, joined
 from fslora.prepare import Federation, Workshop
 from fslora.processes import threads_each
 from fslora.rounds import Rounds, Watcher
@@ -82,14 +79,15 @@ def _carry_out(experiment: Experiment, folder: RunFolder, workshop: Workshop, st
     federation = workshop.federation(experiment)
     folder.write_json("data.json", federation.describe())
     _explain(federation, stage)
-    if federation.sites.dataset.kind == "classes" and folder.read_json("baseline.json") is None:
+    at_server = experiment.run.eval_on == "server"  # a baseline on other examples would be none
+    if at_server and federation.sites.dataset.kind == "classes" and folder.read_json("baseline.json") is None:
         stage.note("Fitting the baseline: a linear head on the frozen base ...")
         splits = (federation.train, federation.validation, federation.test)
         folder.write_json("baseline.json", frozen_baseline(federation.base, *splits, federation.rng.child("baseline")))
     try:
-        untrained = None
+        before = None
         if not folder.finished:
-            untrained = run_one(federation, folder, experiment.method.name, None, stage, make)
+            before = run_one(federation, folder, experiment.method.name, None, stage, make)
         for name in experiment.variants:
             varied = experiment.variant(name)
             inside = folder.variant(name)
@@ -99,7 +97,7 @@ def _carry_out(experiment: Experiment, folder: RunFolder, workshop: Workshop, st
             inside.write_text("experiment.toml", to_toml(varied))
             if other.sites is not federation.sites:
                 inside.write_json("data.json", other.describe())
-            untrained = run_one(other, inside, name, untrained, stage, make)
+            before = run_one(other, inside, name, before, stage, make)
     except BaseException:
         with suppress(FsloraError):  # the page must not hide what stopped the run
             write_report(folder)
@@ -115,44 +113,6 @@ def write_report(folder: RunFolder) -> Path:
 
 
 @dataclass(frozen=True)
-class Scored:
-    """One adapter on everything that is held out: the test split, and every client's own share."""
-
-    test: Scores
-    own: Predictions | None
-    """Over the clients' held-out examples, one client after the other; None when there are none."""
-    by_label: Mapping[str, Scores]
-    """Of a mixture (of tasks, say), the scores of each part of the test split; empty where there are no parts."""
-
-
-def scored(federation: Federation, adapters: Sequence[Adapter]) -> Scored:
-    """Returns the scores of the one adapter that all share, or of one per client, by id.
-
-    On the test split the scores of personal models are the mean over clients; on its own examples every client is
-    scored with its own. An adapter without layers is the base with that head.
-    """
-    base, train, holdout = federation.base, federation.train, federation.sites.partition.holdout
-    tested = predict_dealt(base, adapters, federation.test)
-    test, by_label = tested.scores(), _by_label(federation, tested)
-    if not len(holdout.flat):
-        return Scored(test, None, by_label)
-    if len(adapters) == 1:
-        return Scored(test, predict(base, adapters[0], train.take(holdout.flat)), by_label)
-    tested_on = np.flatnonzero(holdout.sizes).tolist()
-    parts = [predict(base, adapters[client], train.take(holdout[client])) for client in tested_on]
-    return Scored(test, joined(parts), by_label)
-
-
-def _by_label(federation: Federation, tested: Predictions) -> dict[str, Scores]:
-    """The test scores of each stratum of a task whose labels are not what is learnt."""
-    names, dataset = federation.sites.dataset.label_names, federation.sites.dataset
-    if dataset.kind != "causal" or len(names) < 2:
-        return {}
-    places = {name: np.flatnonzero(dataset.test.labels == label) for label, name in enumerate(names)}
-    return {name: tested.scores(index) for name, index in places.items() if len(index)}
-
-
-@dataclass(frozen=True)
 class Untrained:
     """What a federation scores before any training: its base with the fresh head."""
 
@@ -160,11 +120,18 @@ class Untrained:
     scored: Scored
 
     @classmethod
-    def of(cls, federation: Federation, known: Untrained | None = None) -> Untrained:
-        """Returns the scores before training; ``known`` where it is of the same base and the same data."""
-        if known and (known.federation.base, known.federation.sites) == (federation.base, federation.sites):
+    def of(cls, rounds: Rounds, known: Untrained | None = None) -> Untrained:
+        """Returns the scores before training; ``known`` where it is of the same base, data and way to evaluate."""
+        federation = rounds.federation
+        if known and _alike(known.federation, federation):
             return known
-        return cls(federation, scored(federation, [Adapter({}, federation.template.dense)]))
+        return cls(federation, scored(federation, [untrained(federation)], rounds.held_out(None)))
+
+
+def _alike(one: Federation, other: Federation) -> bool:
+    """Whether two federations' bases score the same before training."""
+    same = (one.base, one.sites) == (other.base, other.sites)
+    return same and one.experiment.run.eval_on == other.experiment.run.eval_on
 
 
 def run_cell(
@@ -187,10 +154,10 @@ def run_cell(
     folder.write_text("experiment.toml", to_toml(experiment))
     folder.write_json("data.json", federation.describe())
     simulation = make(federation, folder, watcher)
-    untrained = Untrained.of(federation, known)
-    _finish(simulation, simulation.run(), untrained)
+    before = Untrained.of(simulation, known)
+    _finish(simulation, simulation.run(), before)
     folder.drop_checkpoints()
-    return untrained
+    return before
 
 
 def run_one(
@@ -210,16 +177,17 @@ def run_one(
         except KeyboardInterrupt:
             _leave_usable(rounds)
             raise
-    untrained = Untrained.of(federation, known)
-    _finish(rounds, state, untrained)
-    return untrained
+    before = Untrained.of(rounds, known)
+    _finish(rounds, state, before)
+    return before
 
 
-def _finish(rounds: Rounds, state: ServerState, untrained: Untrained) -> None:
+def _finish(rounds: Rounds, state: ServerState, before: Untrained) -> None:
     """Writes the adapter and the summary of a run that has come to its end."""
     adapters, folder = rounds.served(state), rounds.folder
     write_adapters(rounds.federation, adapters, folder.path / "adapter", len(folder.metrics()) - 1)
-    folder.write_json("summary.json", _summary(rounds, adapters, untrained.scored))
+    after = scored(rounds.federation, adapters, rounds.held_out(state))
+    folder.write_json("summary.json", _summary(rounds, adapters, before.scored, after))
 
 
 def _leave_usable(rounds: Rounds) -> None:
@@ -232,7 +200,12 @@ def _leave_usable(rounds: Rounds) -> None:
 
 
 def write_adapters(federation: Federation, adapters: Sequence[Adapter], to: Path, rounds: int) -> None:
-    """Writes the one adapter that all share as a PEFT folder with a card, or a folder of one per client."""
+    """Writes the one adapter that all share as a PEFT folder with a card, or a folder of one per client.
+
+    Nothing, where there is none here: personal models stay at the sites.
+    """
+    if not adapters:
+        return
     if len(adapters) == 1:
         write_adapter(federation, adapters[0], to, rounds)
         return
@@ -282,10 +255,9 @@ ranks {sorted({client.rank for client in sites.fleet})}, server rank {experiment
 """
 
 
-def _summary(rounds: Rounds, adapters: Sequence[Adapter], before: Scored) -> dict[str, Any]:
+def _summary(rounds: Rounds, adapters: Sequence[Adapter], before: Scored, after: Scored) -> dict[str, Any]:
     federation, folder = rounds.federation, rounds.folder
     rows = [row for row in folder.metrics() if row["round"] > 0]
-    after = scored(federation, adapters)
     return {
         "method": federation.experiment.method.name,
         "personal": federation.experiment.method.personal,
@@ -304,35 +276,10 @@ def _summary(rounds: Rounds, adapters: Sequence[Adapter], before: Scored) -> dic
         "server_bytes": max(row["server_bytes"] for row in rows),
         "client_memory_bytes": max(max(row["client_memory"].values()) for row in rows),
         "peak_memory_bytes": rounds.peak_memory(),
-        "adapter_rank": adapters[0].rank,
-        "adapter_parameters": sum(tensor.numel() for tensor in adapters[0].tensors().values()),
+        "adapter_rank": adapters[0].rank if adapters else None,
+        "adapter_parameters": sum(t.numel() for t in adapters[0].tensors().values()) if adapters else None,
         "base_parameters": federation.base.parameters,
     }
-
-
-def by_label(before: Scored, after: Scored) -> dict[str, dict[str, Scores]]:
-    """Returns, per part of a mixture, two adapters' test scores; empty where there are no parts."""
-    return {name: {"before": before.by_label[name], "after": scores} for name, scores in after.by_label.items()}
-
-
-def client_scores(federation: Federation, before: Scored, after: Scored) -> list[dict[str, Any]]:
-    """Returns, per client, two adapters' scores on the client's own held-out examples (None without any)."""
-    starts = federation.sites.partition.holdout.bounds
-
-    def own(result: Scored, client: int) -> Scores | None:
-        part = slice(starts[client], starts[client + 1])
-        return result.own.scores(part) if result.own and starts[client + 1] > starts[client] else None
-
-    return [
-        {
-            "id": client.id,
-            "rank": client.rank,
-            "examples": client.examples,
-            "before": own(before, client.id),
-            "after": own(after, client.id),
-        }
-        for client in federation.sites.fleet
-    ]
 
 
 def _explain(federation: Federation, stage: Stage) -> None:

@@ -22,5 +22,12 @@ def train(message: Message, context: Context) -> Message:
     return Message(to_flower(record), reply_to=message)
 
 
+def evaluate(message: Message, context: Context) -> Message:
+    """Answers an examination."""
+    record = desk.evaluate(from_flower(message.content), context.run_config, context.node_config)
+    return Message(to_flower(record), reply_to=message)
+
+
 app.query("hello")(hello)
 app.train()(train)
+app.evaluate()(evaluate)

@@ -34,6 +34,11 @@ def train(letter: Record, run_config: Mapping[str, Any], node_config: Mapping[st
     return worker(RunSettings.of(run_config), SiteSettings.of(node_config)).train(letter)
 
 
+def evaluate(letter: Record, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> Record:
+    """Returns a site's answer to an examination."""
+    return worker(RunSettings.of(run_config), SiteSettings.of(node_config)).evaluate(letter)
+
+
 def worker(run: RunSettings, site: SiteSettings) -> SiteWorker:
     """Returns who answers the letters of a run at a site; the same as before where nothing has changed."""
     key = f"{run.digest} {site!r}"

@@ -16,13 +16,13 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fslora.deploy.letters import Hello, opened
 from fslora.deploy.records import VERSION, Entry, Record
+from fslora.deploy.server import Kind
 from fslora.errors import ConfigError, FsloraError, WireError
 
 STYPE = "fslora.bytes"
 """How an array's bytes are to be read: by `fslora.deploy.records`. Flower's own readers refuse an unknown one."""
 ARRAYS, LETTER = "arrays", "letter"
 HELLO = "query.hello"
-TRAIN = "train"
 HELLO_SECONDS = 120.0
 """How long a node may take to introduce itself before it is asked again."""
 TRIES = 3
@@ -96,13 +96,13 @@ class FlowerTransport:
                 return there
             time.sleep(pause)
 
-    def send(self, letters: Mapping[str, Record], round: int) -> None:
+    def send(self, letters: Mapping[str, Record], round: int, kind: Kind = "train") -> None:
         """Sends each site its letter, in one message."""
         self._open = {}
         nodes = {hello.site: node for node, hello in self._online().items()}
         there = [site for site in letters if site in nodes]
         self._gone = [site for site in letters if site not in nodes]
-        messages = [Message(to_flower(letters[site]), nodes[site], TRAIN, group_id=str(round + 1)) for site in there]
+        messages = [Message(to_flower(letters[site]), nodes[site], kind, group_id=str(round + 1)) for site in there]
         for site, sent in zip(there, self._grid.push_messages(messages), strict=True):
             self._open[sent] = site
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from fslora.deploy.letters import Hello
 from fslora.deploy.records import Record
+from fslora.deploy.server import Kind
 from fslora.deploy.site import SiteWorker, introduction
 from fslora.errors import FsloraError
 
@@ -37,12 +38,14 @@ class InProcess:
             for name, worker in self.workers.items()
         }
 
-    def send(self, letters: Mapping[str, Record], round: int) -> None:
+    def send(self, letters: Mapping[str, Record], round: int, kind: Kind = "train") -> None:
         """Lets the sites answer, one after the other."""
         self._replies = []
         for site in self._arrival([name for name in self.workers if name in letters]):
+            worker = self.workers[site]
+            answer = worker.train if kind == "train" else worker.evaluate
             try:
-                reply = self._on_the_way(site, round, self.workers[site].train(letters[site]))
+                reply = self._on_the_way(site, round, answer(letters[site]))
             except FsloraError as error:
                 reply = str(error)
             if reply is not None:

@@ -68,12 +68,45 @@ class Results(_Part):
     results: tuple[Result, ...]
 
 
+class Examination(_Part):
+    """A question for the scores of a site's clients on their own held-out examples."""
+
+    run: Name
+    round: NonNegativeInt
+    """The rounds that are done."""
+    model: str
+    """Header of the payload that is scored; empty: the base with its fresh head, before any training."""
+    orders: tuple[Order, ...]
+    """Whose; they have no payloads of their own."""
+
+
+class Mark(_Part):
+    """The scores of one client."""
+
+    client: NonNegativeInt
+    examples: NonNegativeInt = 0
+    """How many were scored."""
+    scores: Annotated[dict[str, float], Field(max_length=32)] = {}
+    refused: Annotated[str, Field(max_length=500)] = ""
+    """Why there are none."""
+
+
+class Marks(_Part):
+    """A site's answer to an examination."""
+
+    run: Name
+    round: NonNegativeInt
+    marks: tuple[Mark, ...]
+
+
 class Member(_Part):
     """One client of a site, as far as the server has to know it."""
 
     id: NonNegativeInt
     rank: Annotated[int, Field(ge=1)]
     examples: Annotated[int, Field(ge=1)]
+    held_out: NonNegativeInt
+    """Examples that it keeps for its own test."""
 
 
 class Hello(_Part):

@@ -67,10 +67,10 @@ def check(experiment: Experiment) -> None:
     """Raises ConfigError where an experiment cannot be carried out at sites."""
     if experiment.fleet.pooled:
         raise ConfigError("fleet.pooled is true: data in one place need no sites; use `fslora run`")
-    if experiment.method.personal:
+    if experiment.method.personal and experiment.run.eval_on == "server":
         raise ConfigError(
-            f"method.name is {experiment.method.name!r}, which ends with a model of its own at every client; these are "
-            "not yet evaluated at sites. Choose a method with one global model (`fslora methods`), or use `fslora run`"
+            f"method.name is {experiment.method.name!r}, which ends with a model of its own at every client, and "
+            "run.eval_on is 'server', where these models never come; set run.eval_on to 'clients'"
         )
 
 
@@ -92,7 +92,7 @@ def serve(settings: RunSettings, connect: Connect) -> None:
             transport = connect(lambda hello: check_hello(hello, federation, settings.digest), status.note)
             _gathered(transport, federation, settings)
             patience = Patience(settings.deadline, settings.quorum)
-            return Deployed(federation, folder, watcher, transport, settings.run, patience)
+            return Deployed(federation, folder, watcher, transport, settings.run, patience, status.note)
 
         try:
             if not folder.finished:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import fslora
 from fslora.clients import Answer, Request
-from fslora.deploy.letters import Hello, Order, Results, Task, opened, payloads_of, sealed
+from fslora.deploy.letters import Hello, Mark, Order, Results, Task, opened, payloads_of, sealed
 from fslora.deploy.records import Limits, Record
+from fslora.deploy.scores import answered, question, usable
 from fslora.deploy.site import answer_of
 from fslora.errors import ConfigError, TrainingError, WireError
+from fslora.metrics import Scores
 from fslora.prepare import Federation
 from fslora.rounds import Rounds, Watcher
 from fslora.runfolder import RunFolder
-from fslora.types import Round, ServerState
+from fslora.types import Adapter, Round, ServerState
+
+Kind = Literal["train", "evaluate"]
+"""Of letters: a `Task`, or an `Examination`."""
 
 
 class Transport(Protocol):
@@ -26,7 +31,7 @@ class Transport(Protocol):
     def sites(self) -> Mapping[str, Hello]:
         """Returns who can be written to now."""
 
-    def send(self, letters: Mapping[str, Record], round: int) -> None:
+    def send(self, letters: Mapping[str, Record], round: int, kind: Kind = "train") -> None:
         """Sends each site its letter; answers to earlier ones are not waited for any more."""
 
     def poll(self) -> Iterable[tuple[str, Record | str]]:
@@ -56,8 +61,10 @@ class Deployed(Rounds):
         transport: Transport,
         run: str,
         patience: Patience | None = None,
+        note: Callable[[str], None] = lambda text: None,
     ) -> None:
         super().__init__(federation, folder, watcher)
+        self.note = note
         self.transport = transport
         self.run_name = run
         self.patience = patience or Patience()
@@ -95,6 +102,60 @@ class Deployed(Rounds):
             answers.update(self._read(site, reply, asked[site], plan))
         for client in sorted(answers):
             yield answers[client]
+
+    def served(self, state: ServerState) -> Sequence[Adapter]:
+        """Returns the global adapter; nothing, where every client has a model of its own at its site."""
+        return () if self.method.personal else super().served(state)
+
+    def held_out(self, state: ServerState | None) -> dict[int, Scores]:
+        """Returns the scores of the clients whose sites answer, on examples that stay there; who did not is noted."""
+        model = None if state is None else self.method.global_adapter(state)
+        rounds = 0 if state is None else max(self.known.values(), default=0)
+        at = {member.id: (site, member) for site, hello in self.transport.sites().items() for member in hello.members}
+        asked: defaultdict[str, list[Order]] = defaultdict(list)
+        for client, (site, member) in sorted(at.items()):
+            # A personal model is put together, and kept, where nothing can be scored too.
+            if member.held_out or (self.method.personal and model):
+                asked[site].append(Order(client=client, known=self.known.get(client, 0), header=""))
+        letters = {site: question(self.run_name, rounds, each, model, self.template) for site, each in asked.items()}
+        own: dict[int, Scores] = {}
+        for site, reply in self._marks(letters, rounds):
+            try:
+                if isinstance(reply, str):
+                    raise WireError(reply)
+                marks = answered(reply, self.limits, self.run_name, rounds)
+            except WireError as error:
+                self.note(f"site {site} was not evaluated: {error}")
+                continue
+            for order in asked[site]:
+                member = at[order.client][1]
+                if member.held_out:
+                    self._mark(order.client, member.held_out, marks.get(order.client), own)
+        return dict(sorted(own.items()))
+
+    def _mark(self, client: int, examples: int, mark: Mark | None, own: dict[int, Scores]) -> None:
+        names = (*self.federation.base.objective.metrics, "loss")
+        try:
+            if mark is None:
+                raise WireError("its site did not answer for it")
+            own[client] = usable(mark, examples, names)
+        except WireError as error:
+            self.note(f"client {client} was not evaluated: {error}")
+
+    def _marks(self, letters: Mapping[str, Record], rounds: int) -> Iterator[tuple[str, Record | str]]:
+        """Yields what sites answer until all have, or the deadline has passed: a run does not end for want of these."""
+        self.transport.send(letters, rounds, "evaluate")
+        waiting, began = set(letters), time.monotonic()
+        while waiting:
+            for site, reply in self.transport.poll():
+                if site in waiting:
+                    waiting.discard(site)
+                    yield site, reply
+            if waiting and time.monotonic() - began > self.patience.deadline:
+                yield from ((site, f"no answer within {self.patience.deadline:g} s") for site in sorted(waiting))
+                return
+            if waiting:
+                time.sleep(self.patience.poll)
 
     def _letter(self, requests: list[Request], plan: Round, lr: float) -> Record:
         orders = tuple(
@@ -173,11 +234,12 @@ def check_hello(hello: Hello, federation: Federation, digest: str) -> None:
             f"{site} has other data, or divides them otherwise (digest {hello.data}, here "
             f"{federation.sites.partition.digest}); check data.source there"
         )
-    fleet = federation.trainers
+    fleet, held = federation.trainers, federation.sites.partition.holdout.sizes
     for member in hello.members:
         there = fleet[member.id] if member.id < len(fleet) else None
-        if there is None or (there.rank, there.examples) != (member.rank, member.examples):
+        said = (member.rank, member.examples, member.held_out)
+        if there is None or (there.rank, there.examples, held[member.id]) != said:
             raise ConfigError(
-                f"{site} says that client {member.id} has rank {member.rank} and {member.examples} examples; the "
-                f"experiment says {there}"
+                f"{site} says that client {member.id} has rank {member.rank}, {member.examples} examples and "
+                f"{member.held_out} held-out ones; the experiment says {there}"
             )

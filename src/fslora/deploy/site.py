@@ -2,6 +2,7 @@
 
     STORAGE/RUN/memories/0000042-000007.safetensors     what a method lets client 42 keep, after 7 rounds
     STORAGE/RUN/bases/0000042-000007.safetensors        the changes of the base that it has added up, if there are any
+    STORAGE/RUN/adapters/client-0042/                   its own model, where the method has one, as last evaluated: PEFT
 
 A site does not know which of its answers were used, because they may have been late or refused. The server says it
 with the next letter (``Order.known``), and a client goes on from the file of then. So neither a lost answer nor a
@@ -20,12 +21,27 @@ import torch
 import fslora
 from fslora.clients import Answer, Clients, Request
 from fslora.clientstore import ClientStore
-from fslora.deploy.letters import Hello, Member, Order, Result, Results, Task, opened, payloads_of, sealed
+from fslora.deploy.letters import (
+    Examination,
+    Hello,
+    Mark,
+    Marks,
+    Member,
+    Order,
+    Result,
+    Results,
+    Task,
+    opened,
+    payloads_of,
+    sealed,
+)
 from fslora.deploy.records import Limits, Record
+from fslora.deploy.scores import mark, model_of, own_model
 from fslora.errors import WireError
 from fslora.methods.baselog import summed
 from fslora.prepare import Federation, Sites
 from fslora.rounds import wire_of
+from fslora.runner import client_folder, write_adapter
 from fslora.types import Adapter, BaseUpdate, ClientMemory
 from fslora.wire import Payload
 
@@ -74,6 +90,28 @@ class SiteWorker:
         sent = {answer.client: answer.payload for answer in answers if answer.payload is not None}
         results = tuple(result_of(answer) for answer in answers)
         return sealed(Results(run=task.run, round=task.round, results=results), sent)
+
+    def evaluate(self, letter: Record) -> Record:
+        """Returns the answer to an examination: each client's scores on its own held-out examples.
+
+        Raises:
+            WireError: The letter is no examination, or its model none of this experiment.
+        """
+        task, arrays = opened(Examination, letter, self.limits)
+        model = model_of(task, arrays, self.federation)
+        return sealed(Marks(run=task.run, round=task.round, marks=tuple(self._marks(task, model))))
+
+    def _marks(self, task: Examination, model: Adapter) -> Iterator[Mark]:
+        for order in task.orders:
+            if order.client not in self.members:
+                yield Mark(client=order.client, refused=f"client {order.client} is not at site {self.name}")
+                continue
+            client, memory = self.federation.trainers[order.client], self._kept(task, "memories", order)
+            own = own_model(self.federation, model, client, memory, trained=bool(task.model))
+            if own is not model:
+                folder = self.storage / task.run / "adapters" / client_folder(client.id)
+                write_adapter(self.federation, own, folder, task.round)
+            yield mark(self.federation, client.id, own)
 
     def _answers(self, task: Task, payloads: Mapping[int, Payload]) -> Iterator[Answer]:
         logs: dict[int, BaseLog] = {}
@@ -132,10 +170,10 @@ class SiteWorker:
             )
         return BaseLog(update.version, summed(log.total, new))
 
-    def _store(self, task: Task, kind: str, rounds: int) -> ClientStore:
+    def _store(self, task: Task | Examination, kind: str, rounds: int) -> ClientStore:
         return ClientStore(self.storage / task.run / kind, rounds)
 
-    def _kept(self, task: Task, kind: str, order: Order) -> ClientMemory | None:
+    def _kept(self, task: Task | Examination, kind: str, order: Order) -> ClientMemory | None:
         return self._store(task, kind, order.known).get(order.client)
 
     def _keep(self, task: Task, answer: Answer, before: ClientMemory | None, log: BaseLog) -> None:
@@ -152,13 +190,13 @@ class SiteWorker:
 
 def introduction(name: str, sites: Sites, members: frozenset[int], experiment: str) -> Hello:
     """Returns what a site says of itself: its clients' ids, ranks and numbers of examples, and digests."""
-    clients = (sites.fleet[client] for client in sorted(members))
+    clients, held = (sites.fleet[client] for client in sorted(members)), sites.partition.holdout.sizes
     return Hello(
         site=name,
         version=fslora.__version__,
         experiment=experiment,
         data=sites.partition.digest,
-        members=tuple(Member(id=c.id, rank=c.rank, examples=c.examples) for c in clients),
+        members=tuple(Member(id=c.id, rank=c.rank, examples=c.examples, held_out=int(held[c.id])) for c in clients),
     )
 
 

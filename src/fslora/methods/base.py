@@ -106,7 +106,10 @@ class Method(BaseModel, ABC):
         return state.adapter
 
     def client_adapter(self, state: ServerState, site: Site) -> Adapter:
-        """Client, at any time: its own model, where it has one (``personal``); otherwise the global one."""
+        """Client, at any time: its own model, where it has one (``personal``); otherwise the global one.
+
+        Of the state, no more than ``global_adapter`` reaches a client: it is the adapter of the state that is given.
+        """
         del site
         return self.global_adapter(state)
 

@@ -146,6 +146,11 @@ def _reading(record: RunRecord) -> Iterator[str]:
     metric = record.metric
     examples = record.data.examples.get("test") if record.data else None
     yield f"Before and after: test {metric.label} without and with federated training."
+    if record.data and record.data.eval_on == "clients":
+        yield (
+            "Validation and test are the clients' own held-out examples, scored where they are; the mean counts "
+            "clients by their number of examples."
+        )
     if not metric.higher_is_better:
         yield direction(metric)
     if is_counted(metric):

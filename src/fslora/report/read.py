@@ -109,6 +109,8 @@ class DataRecord:
     """Texts longer than max_length."""
     partition: Partition = field(default_factory=Partition)
     fleet: tuple[Client, ...] = ()
+    eval_on: str = "server"
+    """Whose examples are validation and test: the server's, or the clients' own held-out ones."""
 
 
 @dataclass(frozen=True)
