@@ -412,7 +412,13 @@ def deploy_client_config(
     site: Annotated[str, typer.Option(help="The site's name, by which the server knows it.")],
     clients: Annotated[str, typer.Option(help="The ids of its clients, with commas.")],
     superlink: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where the server is.")],
-    data: Annotated[str, typer.Option(help="The site's data source, or 'experiment': read what the experiment names.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="The site's data: a file, or a folder or pattern with a file for each of its clients; "
+            "or 'experiment': read what the experiment names."
+        ),
+    ],
     storage: Annotated[Path, typer.Option(help="Folder for what its clients keep from round to round.")],
     root_certificates: Annotated[
         Path | None, typer.Option(help="Certificate of the CA that signed the server's; without it, no TLS.")
@@ -420,6 +426,12 @@ def deploy_client_config(
     key: Annotated[Path | None, typer.Option(help="The site's own key, which the server has registered.")] = None,
     model: Annotated[str, typer.Option(help="Folder of the base model, where it lies elsewhere here.")] = "",
     device: Annotated[str, typer.Option(help="Where to train, e.g. 'cuda:0'.")] = "",
+    rank: Annotated[
+        int, typer.Option(min=0, help="Rank of its clients, in the place of the experiment's; 0: the experiment's.")
+    ] = 0,
+    memory: Annotated[
+        str, typer.Option(help="Or what training may take, e.g. '2GB': the largest rank whose estimate fits.")
+    ] = "",
     port: Annotated[int, typer.Option(help="The SuperNode's own port on loopback.")] = 9094,
     out: Annotated[Path | None, typer.Option(help="Script [default: SITE.sh].", show_default=False)] = None,
 ) -> None:
@@ -428,8 +440,9 @@ def deploy_client_config(
     from fslora.deploy.settings import SiteSettings
 
     path = out or Path(f"{site}.sh")
+    data = str(Path(data).resolve()) if Path(data).exists() else data  # SuperNodes work in folders of their own
     values = {"site": site, "clients": clients, "storage": str(storage.resolve()), "data": data}
-    settings = SiteSettings.of({**values, "model": model, "device": device})
+    settings = SiteSettings.of({**values, "model": model, "device": device, "rank": rank, "memory": memory})
     write_script(settings, Link(superlink, root_certificates, key, port), path)
     print(path)
 

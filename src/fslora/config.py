@@ -161,6 +161,11 @@ class DataConfig(Section):
         description="Tables: the column that holds the class, the number, or the list of tags; 'file' for the file's "
         "name. text, instruct: the column whose values a Dirichlet partition skews, if there is such a column.",
     )
+    labels: tuple[str, ...] | None = Field(
+        None,
+        description="table, images, tags: all the classes, in their order; by default those that occur in train. Data "
+        "at sites need them, since no site may have them all.",
+    )
     prompt: str = Field(
         "headings",
         min_length=1,
@@ -220,10 +225,17 @@ class DataConfig(Section):
     max_validation: int = Field(400, ge=0, description="Use at most this many validation examples; 0: all.")
     max_test: int = Field(1000, ge=0, description="Use at most this many test examples; 0: all.")
 
-    @field_validator("choices", mode="before")
+    @field_validator("choices", "labels", mode="before")
     @classmethod
     def _from_list(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("labels")
+    @classmethod
+    def _different_labels(cls, value: Any) -> Any:
+        if value is not None and len({name.strip() for name in value} - {""}) < max(2, len(value)):
+            raise ValueError("list two classes at least, e.g. ['no', 'yes'], all different and none empty")
+        return value
 
     @field_validator("choices")
     @classmethod
@@ -236,11 +248,12 @@ class DataConfig(Section):
 class PartitionConfig(Section):
     """Who holds which training examples."""
 
-    kind: Literal["iid", "dirichlet", "natural"] = Field(
+    kind: Literal["iid", "dirichlet", "natural", "sites"] = Field(
         "natural",
         description="'iid', 'dirichlet' (label skew), or 'natural': by the data's own groups "
         "(top-level modules; files of a folder, or blocks of text where there are fewer than ten; "
-        "the column data.group).",
+        "the column data.group). 'sites': clients bring their own data (`fslora deploy`); the server reads "
+        "data.validation and data.test, or nothing where run.eval_on is 'clients'.",
     )
     alpha: float = Field(0.5, gt=0, description="dirichlet: concentration; smaller is more skewed.")
     min_examples: int = Field(8, ge=1, description="Every client holds at least this many examples.")
@@ -537,7 +550,7 @@ class Experiment(Section):
         data = self.data
         if data.task == "chapters" and data.source != "stdlib":
             raise ValueError(f"data.source is {data.source!r}, but data.task 'chapters' exists for 'stdlib' only")
-        if data.task in TABLE_TASKS and data.source == "stdlib":
+        if data.task in TABLE_TASKS and data.source == "stdlib" and self.partition.kind != "sites":
             raise ValueError(
                 f"data.source is 'stdlib', but data.task {data.task!r} needs a file, a folder or pattern of files"
                 + (" (or of images)" if data.task == "images" else ", or a data set's hub name")
@@ -566,6 +579,26 @@ class Experiment(Section):
                 "set data.group, or partition.kind to 'dirichlet' or 'iid', or give a folder or pattern of files, "
                 "one per client"
             )
+
+    @model_validator(mode="after")
+    def _fit_for_sites(self) -> Self:
+        data = self.data
+        if self.partition.kind != "sites":
+            return self
+        if data.task not in (*TABLE_TASKS, "text"):
+            raise ValueError(f"partition.kind is 'sites', but data.task {data.task!r} makes its own examples of a text")
+        if data.task in ("table", "images", "tags") and data.labels is None:
+            raise ValueError(
+                "partition.kind is 'sites', but data.labels does not say what the classes are; list them, so that all "
+                "sites count them alike"
+            )
+        lacking = next((side for side in ("validation", "test") if getattr(data, side) is None), None)
+        if self.run.eval_on == "server" and lacking:
+            raise ValueError(
+                f"partition.kind is 'sites' and run.eval_on is 'server', but data.{lacking} names no file of the "
+                "server's; name one, or set run.eval_on to 'clients'"
+            )
+        return self
 
     @model_validator(mode="after")
     def _something_to_score(self) -> Self:

@@ -14,7 +14,7 @@ from fslora.config import load
 from fslora.errors import ArtifactError, ConfigError
 from fslora.evaluate import by_label, client_scores, scored, untrained
 from fslora.export import export_merged, lower_rank, rank_for_energy
-from fslora.prepare import Federation, Workshop
+from fslora.prepare import SERVER, Federation, Workshop
 from fslora.report.merit import LOSS, value_text
 from fslora.report.read import parse_metric, score
 from fslora.report.tables import label_rows
@@ -152,7 +152,7 @@ def opened(path: Path) -> RunFolder:
 def _federation(path: Path, stage: Stage) -> Federation:
     opened(path)
     stage.note(f"Preparing data and base of {path} ...")
-    return Workshop().federation(load(path / "experiment.toml"))
+    return Workshop().federation(load(path / "experiment.toml"), SERVER)
 
 
 def _check(adapter: Adapter, federation: Federation) -> None:

@@ -81,7 +81,10 @@ def build_fleet(config: FleetConfig, rank: int, sizes: Sequence[int] | Whole, rn
 
 
 def sample_cohort(fleet: Sequence[Client], cohort: int | Literal["all"], rng: Rng) -> tuple[Client, ...]:
-    """Returns this many different clients, by increasing id; each is as likely as any other."""
+    """Returns this many different clients, by increasing id; each that has examples is as likely as any other."""
+    if isinstance(fleet, Fleet) and not fleet.examples.all():
+        able = [fleet[i] for i in np.flatnonzero(fleet.examples).tolist()]
+        return sample_cohort(able, cohort if cohort == "all" else min(cohort, len(able)), rng)
     if cohort == "all":
         return tuple(fleet)
     chosen = rng.numpy().choice(len(fleet), size=cohort, replace=False)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,8 @@ from rich.text import Text
 
 from fslora.config import Experiment
 from fslora.cost import operations
+from fslora.errors import ConfigError
+from fslora.fleet import Fleet
 from fslora.footprint import (
     ALLOCATOR,
     KEPT_KERNELS,
@@ -119,15 +121,7 @@ def plan(experiment: Experiment, with_data: bool = True, teraflops: float | None
     device, dtype = device_of(experiment.model), experiment.model.dtype
     measured, kernel = throughput(federation.base, device, dtype), kernel_bytes(dtype, device)
     before, work = resident(), Workload(federation)
-    rehearsal = rehearse(
-        experiment.method,
-        federation.template,
-        federation.trainers,
-        work.cohorts,
-        experiment.local,
-        federation.rng,
-        wire_of(federation),
-    )
+    rehearsal = _rehearsed(work)
     given = teraflops if teraflops is not None else measured / 1e12
     planned = Planned(
         experiment, federation, outline, certainty, work, rehearsal, before, kernel, given, teraflops is None
@@ -141,6 +135,56 @@ def plan(experiment: Experiment, with_data: bool = True, teraflops: float | None
         "disk": _disk(planned),
     }
     return {**result, "notes": _notes(planned), "warnings": _warnings(result["memory"])}
+
+
+def largest_rank(experiment: Experiment, members: frozenset[int], budget: int) -> int:
+    """Returns the largest rank at which these clients' training, in one process, is estimated to fit into memory.
+
+    Args:
+        experiment: What they train.
+        members: Their ids; their data are here.
+        budget: Bytes, of a GPU where the training is on one.
+
+    Raises:
+        ConfigError: Not even rank 1 fits.
+    """
+    federation, outline, certainty = outlined(experiment, True, members)
+    device, dtype = device_of(experiment.model), experiment.model.dtype
+    before, kernel, fleet = resident(), kernel_bytes(dtype, device), federation.sites.fleet
+    theirs = np.isin(np.arange(len(fleet)), sorted(members))
+
+    def peak(rank: int) -> int:
+        alone = Fleet(np.full(len(fleet), rank), np.where(theirs, fleet.examples, 0))
+        what_if = replace(federation, sites=replace(federation.sites, fleet=alone))
+        work = Workload(what_if)
+        planned = Planned(experiment, what_if, outline, certainty, work, _rehearsed(work), before, kernel, 0.0, False)
+        memory = _memory(planned)
+        return int(memory["peak"] if memory["gpu_peak"] is None else memory["gpu_peak"])
+
+    least, most = 0, experiment.adapter.rank
+    while least < most:
+        middle = (least + most + 1) // 2
+        least, most = (middle, most) if peak(middle) <= budget else (least, middle - 1)
+    if not least:
+        raise ConfigError(
+            f"memory is {byte_text(budget)}, but training at rank 1 takes about {byte_text(peak(1))} here; give more "
+            "memory, or lower local.batch_size, model.max_length or engine.chunk in the experiment"
+        )
+    return least
+
+
+def _rehearsed(work: Workload) -> Rehearsal:
+    federation = work.federation
+    experiment = federation.experiment
+    return rehearse(
+        experiment.method,
+        federation.template,
+        federation.trainers,
+        work.cohorts,
+        experiment.local,
+        federation.rng,
+        wire_of(federation),
+    )
 
 
 def _import_what_a_run_does(federation: Federation) -> None:

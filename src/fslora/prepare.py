@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from fslora.config import Experiment
-from fslora.data import Dataset, load_dataset
+from fslora.data import Dataset, load_at_server, load_at_site, load_dataset
 from fslora.data.batches import Encoded
 from fslora.data.partition import Partition, Shares, partition
+from fslora.errors import ConfigError
 from fslora.fleet import Fleet, build_fleet
 from fslora.metrics import Metric
 from fslora.models.base import Base
@@ -116,15 +117,42 @@ class Federation:
         return self.train.shortened + self.validation.shortened + self.test.shortened
 
 
-def prepare_sites(experiment: Experiment) -> Sites:
-    """Returns data, partition and fleet; nothing of the model is touched."""
+Here = frozenset[int] | None
+"""Whose data are in this process, where they are at sites: these clients', or (empty) the server's; None: at none."""
+SERVER: frozenset[int] = frozenset()
+
+
+def prepare_sites(experiment: Experiment, here: Here = None) -> Sites:
+    """Returns data, partition and fleet; nothing of the model is touched.
+
+    Raises:
+        ConfigError: The data are at sites, and this process is none of a deployed run.
+        DataError: The data or their partition cannot be used.
+    """
     rng = Rng(experiment.run.seed)
-    dataset = load_dataset(experiment.data, rng.child("data"))
-    parts = partition(experiment.partition, dataset.train, experiment.fleet.clients, rng.child("partition"))
+    dataset, parts = _data(experiment, here, rng)
     fleet = build_fleet(experiment.fleet, experiment.adapter.rank, parts.train.sizes, rng.child("fleet"))
     objective = objective_of(dataset, experiment.data)
     metric = metric_of(objective, experiment.data)
     return Sites(dataset, experiment.partition.kind, parts, fleet, objective, metric)
+
+
+def _data(experiment: Experiment, here: Here, rng: Rng) -> tuple[Dataset, Partition]:
+    of_data, of_partition = rng.child("data"), rng.child("partition")
+    if experiment.partition.kind != "sites":
+        dataset = load_dataset(experiment.data, of_data)
+        return dataset, partition(experiment.partition, dataset.train, experiment.fleet.clients, of_partition)
+    if here is None:
+        raise ConfigError(
+            "partition.kind is 'sites': the clients' data are not here. Carry it out with `fslora deploy run`, or "
+            "choose partition.kind 'natural', 'dirichlet' or 'iid' to simulate"
+        )
+    return load_at_site(experiment, here, of_data, of_partition) if here else load_at_server(experiment, of_data)
+
+
+def _seen(experiment: Experiment, here: Here) -> list[int] | None:
+    """What of ``here`` makes a difference."""
+    return sorted(here) if here is not None and experiment.partition.kind == "sites" else None
 
 
 class Workshop:
@@ -133,24 +161,30 @@ class Workshop:
     def __init__(self) -> None:
         self._kept: dict[str, Any] = {}
 
-    def sites(self, experiment: Experiment) -> Sites:
-        """Returns the sites of an experiment."""
-        sections = (experiment.run.seed, experiment.data, experiment.partition, experiment.fleet)
-        key = f"sites {sections!r} {experiment.adapter.rank}"
+    def sites(self, experiment: Experiment, here: Here = None) -> Sites:
+        """Returns the sites of an experiment, as this process sees them (`Here`)."""
+        sections = (
+            experiment.run.seed,
+            experiment.run.eval_on,
+            experiment.data,
+            experiment.partition,
+            experiment.fleet,
+        )
+        key = f"sites {sections!r} {experiment.adapter.rank} {_seen(experiment, here)!r}"
         if key not in self._kept:
-            self._kept[key] = prepare_sites(experiment)
+            self._kept[key] = prepare_sites(experiment, here)
         sites = self._kept[key]
         assert isinstance(sites, Sites)
         return sites
 
-    def federation(self, experiment: Experiment) -> Federation:
+    def federation(self, experiment: Experiment, here: Here = None) -> Federation:
         """Returns an experiment's federation, ready for its first round.
 
         Raises:
             DataError: The data or its partition cannot be used.
             ModelError: The base cannot be loaded or adapted.
         """
-        sites = self.sites(experiment)
+        sites = self.sites(experiment, here)
         model, seed, objective = experiment.model, experiment.run.seed, sites.objective
         base_key = f"base {model!r} {experiment.adapter.targets!r} {objective!r} {seed}"
         if base_key not in self._kept:
@@ -158,7 +192,7 @@ class Workshop:
             self._kept = {key: value for key, value in self._kept.items() if not key.startswith("base ")}
             self._kept[base_key] = load_base(model, experiment.adapter, objective, Rng(seed))
         base = self._kept[base_key]
-        tokens_key = f"tokens {model!r} {experiment.data!r} {seed}"
+        tokens_key = f"tokens {model!r} {experiment.data!r} {seed} {_seen(experiment, here)!r}"
         if tokens_key not in self._kept:
             splits = (sites.dataset.train, sites.dataset.validation, sites.dataset.test)
             self._kept[tokens_key] = [objective.encode(split, base.tokenizer, model) for split in splits]

@@ -17,6 +17,7 @@ import torch
 
 from fslora.baseline import MOST_TRAINING_EXAMPLES
 from fslora.config import Experiment
+from fslora.data import KINDS
 from fslora.data.batches import (
     IGNORED,
     TOKENS_PER_BATCH,
@@ -33,19 +34,11 @@ from fslora.models.base import Base
 from fslora.models.load import Outline, outline_base
 from fslora.objectives import metric_of, objective_of
 from fslora.objectives.causal import LOGITS_PER_BATCH
-from fslora.prepare import Federation, Sites, prepare_sites
+from fslora.prepare import Federation, Here, Sites, prepare_sites
 from fslora.rng import Rng
 from fslora.types import Batch, Client
 
 Certainty = Literal["counted", "estimated", "assumed"]
-KINDS: dict[str, Kind] = {
-    "regression": "value",
-    "tags": "tags",
-    "images": "images",
-    "text": "causal",
-    "instruct": "causal",
-}
-"""Task → what is learnt, for when the data are not read; all others are about classes."""
 CHARACTERS_PER_TOKEN = 4
 CLIENT_ROUNDS = 4000
 """So many draws of clients are looked at; of longer runs, the first rounds."""
@@ -69,14 +62,19 @@ class OutlinedImages(Encoded):
         return {"pixel_values": pixels, "labels": torch.from_numpy(self.labels[np.asarray(index)])}
 
 
-def outlined(experiment: Experiment, with_data: bool) -> tuple[Federation, Outline, Certainty]:
+def outlined(experiment: Experiment, with_data: bool, here: Here = None) -> tuple[Federation, Outline, Certainty]:
     """Returns a federation whose base has no weights, that base, and how far the tokens are to be relied on.
+
+    Args:
+        experiment: What it is of.
+        with_data: Whether the data are read.
+        here: Which of them, where they are at sites.
 
     Raises:
         DataError: The data or their partition cannot be used.
         ModelError: The base's configuration cannot be read, or it cannot be adapted.
     """
-    sites = prepare_sites(experiment) if with_data else _assumed_sites(experiment)
+    sites = prepare_sites(experiment, here) if with_data else _assumed_sites(experiment)
     outline = outline_base(experiment.model, experiment.adapter, sites.objective)
     dataset, tokenizer = sites.dataset, outline.base.tokenizer
     splits = (dataset.train, dataset.validation, dataset.test)
@@ -100,7 +98,7 @@ def _assumed_sites(experiment: Experiment) -> Sites:
     each = max(1, experiment.data.max_train // fleet.clients)
     if not experiment.data.max_train:
         each = local.batch_size * (local.steps or 1)
-    kind = KINDS.get(experiment.data.task, "classes")
+    kind = KINDS[experiment.data.task]
     names = ("no", "yes") if kind in ("classes", "images", "tags") else ()
 
     def examples(count: int) -> Examples:

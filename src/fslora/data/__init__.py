@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 import numpy as np
 
-from fslora.config import DataConfig
+from fslora.config import DataConfig, Experiment
 from fslora.data.chapters import load_chapters
 from fslora.data.documents import load_text
 from fslora.data.images import load_images
 from fslora.data.instruct import load_instruct
+from fslora.data.partition import Partition
+from fslora.data.private import at_server, at_site
 from fslora.data.regression import load_regression
 from fslora.data.table import load_table
 from fslora.data.tags import load_tags
-from fslora.data.types import Dataset, Examples
+from fslora.data.types import Dataset, Examples, Kind
 from fslora.data.word_order import load_word_order
 from fslora.rng import Rng
 
-__all__ = ["TASKS", "Dataset", "Examples", "limited", "load_dataset"]
+__all__ = ["KINDS", "TASKS", "Dataset", "Examples", "load_at_server", "load_at_site", "load_dataset"]
 
 TASKS: Mapping[str, Callable[[DataConfig, Rng], Dataset]] = {
     "word-order": load_word_order,
@@ -32,6 +34,16 @@ TASKS: Mapping[str, Callable[[DataConfig, Rng], Dataset]] = {
     "images": load_images,
 }
 
+KINDS: Mapping[str, Kind] = {
+    **dict.fromkeys(TASKS, "classes"),
+    "regression": "value",
+    "tags": "tags",
+    "images": "images",
+    "text": "causal",
+    "instruct": "causal",
+}
+"""Task → what is learnt, for when the data are not read."""
+
 
 def load_dataset(config: DataConfig, rng: Rng) -> Dataset:
     """Returns the task's examples, each side cut to the configured size; the same for the same seed.
@@ -39,7 +51,39 @@ def load_dataset(config: DataConfig, rng: Rng) -> Dataset:
     Raises:
         DataError: The source cannot be read, or cannot be used for the task.
     """
-    whole = TASKS[config.task](config, rng.child(config.task))
+    return _limited(TASKS[config.task](config, rng.child(config.task)), config, rng)
+
+
+def load_at_server(experiment: Experiment, rng: Rng) -> tuple[Dataset, Partition]:
+    """Returns what the server has of data that are at sites: its splits, cut to the configured size.
+
+    Raises:
+        DataError: A split cannot be read, or cannot be used for the task.
+    """
+    config = experiment.data
+    dataset, parts = at_server(experiment, _empty(config), TASKS[config.task], rng.child(config.task))
+    return _limited(dataset, config, rng), parts
+
+
+def load_at_site(experiment: Experiment, members: Collection[int], rng: Rng, drawn: Rng) -> tuple[Dataset, Partition]:
+    """Returns what a site has: its clients' examples, of which no limit leaves out any.
+
+    Raises:
+        DataError: Its source cannot be read, cannot be used for the task, or does not divide into its clients.
+    """
+    config = experiment.data
+    return at_site(experiment, members, _empty(config), TASKS[config.task], rng.child(config.task), drawn)
+
+
+def _empty(config: DataConfig) -> Dataset:
+    """The task without examples."""
+    kind = KINDS[config.task]
+    columns = {"value": ("value",), "tags": ("words", "tags"), "causal": ("target", "choices", "answer", "options")}
+    none = Examples((), np.zeros(0, dtype=np.int64), columns=dict.fromkeys(columns.get(kind, ()), ()))
+    return Dataset(config.task, config.labels or (), none, none, none, {}, kind)
+
+
+def _limited(whole: Dataset, config: DataConfig, rng: Rng) -> Dataset:
     limits = {"train": config.max_train, "validation": config.max_validation, "test": config.max_test}
     sides: dict[str, Examples] = {name: getattr(whole, name) for name in limits}
     kept = {name: limited(sides[name], limit, rng.child("limit", name)) for name, limit in limits.items()}

@@ -49,7 +49,7 @@ def load_images(config: DataConfig, rng: Rng) -> Dataset:
     dropped: Dropped = Counter()
     digests: dict[str, str] = {}
     rows, declared = _read(config, "train", dropped, digests)
-    names = class_names(rows["label"], declared, f"data.source {config.source!r}", dropped)
+    names = class_names(rows["label"], declared, f"data.source {config.source!r}", dropped, config.labels)
 
     def own(side: str) -> Examples:
         found, _ = _read(config, side, dropped, digests)

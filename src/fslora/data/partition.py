@@ -100,11 +100,7 @@ def partition(config: PartitionConfig, examples: Examples, clients: int, rng: Rn
         )
     notes: Notes = {"kind": config.kind}
     owner = KINDS[config.kind](config, examples, clients, rng.child(config.kind), notes)
-    whole = Shares.of(np.argsort(owner, kind="stable"), np.bincount(owner, minlength=clients))
-    out = _held_out(whole, config, rng.child("holdout"))
-    held_sizes = np.bincount(owner[out], minlength=clients)
-    train = Shares.of(whole.flat[~out[whole.flat]], whole.sizes - held_sizes)
-    held = Shares.of(whole.flat[out[whole.flat]], held_sizes)
+    train, held = held_apart(owner, config, clients, rng)
     notes |= {
         "smallest client": int(train.sizes.min()),
         "largest client": int(train.sizes.max()),
@@ -114,8 +110,24 @@ def partition(config: PartitionConfig, examples: Examples, clients: int, rng: Rn
         least, most = np.minimum.reduceat(drawn, starts), np.maximum.reduceat(drawn, starts)
         notes["clients with one class"] = int((least == most).sum())
     if config.holdout > 0:
-        notes["clients without a held-out example"] = int((held_sizes == 0).sum())
+        notes["clients without a held-out example"] = int((held.sizes == 0).sum())
     return Partition(train, held, _digest(train, held), notes)
+
+
+def held_apart(owner: Index, config: PartitionConfig, clients: int, rng: Rng) -> tuple[Shares, Shares]:
+    """Returns what each client trains on and what it keeps for its own test.
+
+    Args:
+        owner: The client of every example, [n].
+        config: How much is kept.
+        clients: How many there are; some may have no example here.
+        rng: The partition's stream.
+    """
+    whole = Shares.of(np.argsort(owner, kind="stable"), np.bincount(owner, minlength=clients))
+    out = _held_out(whole, config, rng.child("holdout"))
+    held_sizes = np.bincount(owner[out], minlength=clients)
+    train = Shares.of(whole.flat[~out[whole.flat]], whole.sizes - held_sizes)
+    return train, Shares.of(whole.flat[out[whole.flat]], held_sizes)
 
 
 def stratified_shares(labels: Index, shares: Sequence[float], rng: Rng) -> list[Index]:
@@ -227,7 +239,8 @@ KINDS: Mapping[str, Kind] = {"iid": _iid, "dirichlet": _dirichlet, "natural": _n
 
 def _held_out(whole: Shares, config: PartitionConfig, rng: Rng) -> NDArray[np.bool_]:
     """Returns which examples their clients keep for their own test, [n]; each client draws from its own stream."""
-    counts = np.minimum((config.holdout * whole.sizes).astype(np.int64), whole.sizes - config.min_examples)
+    spare = np.maximum(whole.sizes - config.min_examples, 0)
+    counts = np.minimum((config.holdout * whole.sizes).astype(np.int64), spare)
     out = np.zeros(len(whole.flat), dtype=np.bool_)
     for client in np.flatnonzero(counts).tolist():
         out[rng.child(client).numpy().choice(whole[client], size=counts[client], replace=False)] = True

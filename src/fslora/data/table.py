@@ -41,7 +41,8 @@ def load_table(config: DataConfig, rng: Rng) -> Dataset:
     """
     dropped: Dropped = Counter()
     rows, declared = _read(config, "train", dropped)
-    names = class_names(rows["label"], declared, f"column {config.label!r} (data.label) of {config.source}", dropped)
+    place = f"column {config.label!r} (data.label) of {config.source}"
+    names = class_names(rows["label"], declared, place, dropped, config.labels)
 
     def own(side: str) -> Examples:
         return _examples(where_known(_read(config, side, dropped)[0], set(names), side, dropped), names)
@@ -52,19 +53,27 @@ def load_table(config: DataConfig, rng: Rng) -> Dataset:
 
 
 def class_names(
-    labels: Sequence[str], declared: Sequence[str] | None, place: str, dropped: Mapping[str, int]
+    labels: Sequence[str],
+    declared: Sequence[str] | None,
+    place: str,
+    dropped: Mapping[str, int],
+    agreed: tuple[str, ...] | None = None,
 ) -> tuple[str, ...]:
-    """Returns the classes that occur: as declared, or sorted, numbers by value.
+    """Returns the classes: those that were agreed on, or that occur, as declared, or sorted, numbers by value.
 
     Args:
         labels: The class of every usable row of train.
         declared: The classes in the order of the data set, if it declares them.
         place: Where the classes were read, for messages.
         dropped: Why rows could not be used, for messages.
+        agreed: ``data.labels``, if it is given.
 
     Raises:
-        DataError: There are fewer than two, or they are fractions.
+        DataError: There are fewer than two, or they are fractions, or not among those that were agreed on.
     """
+    if agreed is not None:
+        check_agreed(set(labels), agreed, place)
+        return agreed
     names = in_order(set(labels), declared)
     if declared is None and all(NUMBER.fullmatch(name) for name in names):
         fraction = next((name for name in names if not float(name).is_integer()), None)
@@ -80,6 +89,16 @@ def class_names(
             "Check data.label and data.text"
         )
     return names
+
+
+def check_agreed(names: set[str], agreed: Sequence[str], place: str) -> None:
+    """Raises DataError where a class is not among those of ``data.labels``."""
+    strange = sorted(names - set(agreed))
+    if strange:
+        raise DataError(
+            f"{place} has the class {strange[0]!r}, which is not in data.labels ({', '.join(map(repr, agreed))}); "
+            "rename it in the data, or add it to data.labels"
+        )
 
 
 def _read(config: DataConfig, side: str, dropped: Dropped) -> tuple[Columns, tuple[str, ...] | None]:

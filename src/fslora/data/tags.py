@@ -28,6 +28,7 @@ from fslora.data.rows import (
     read_table,
     text_cell,
 )
+from fslora.data.table import check_agreed
 from fslora.data.types import Dataset, Examples
 from fslora.errors import DataError
 from fslora.rng import Rng
@@ -43,6 +44,9 @@ def load_tags(config: DataConfig, rng: Rng) -> Dataset:
     rows, declared = _read(config, "train", dropped)
     counts = Counter(tag for tags in rows["label"] for tag in tags)
     names = in_order(counts, declared)
+    if config.labels is not None:
+        check_agreed(set(counts), config.labels, f"column {config.label!r} (data.label) of {config.source}")
+        names = config.labels
     if len(names) < 2:
         held = f"only the tag {names[0]!r}" if names else "no usable row"
         raise DataError(

@@ -65,7 +65,8 @@ def script(site: SiteSettings, link: Link) -> str:
     exports = "\n".join(f"export {name}={value}" for name, value in OFFLINE.items())
     return f"""#!/bin/sh
 # Site {site.site} of a federation, written by `fslora deploy client-config`. It dials out; nothing dials in.
-# What leaves this machine: the site's name, and of each client its id, rank, numbers of examples, updates, losses and scores.
+# What leaves this machine: the site's name, and of each client its id, rank, numbers of examples, updates, losses,
+# and scores.
 {exports}
 exec {shlex.join(words)}
 """

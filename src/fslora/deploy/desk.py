@@ -7,15 +7,18 @@ on (in a simulation, or in tests) the same worker answers the next one.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fslora.config import Experiment
+from fslora.deploy.capacity import with_own_rank
 from fslora.deploy.letters import sealed
 from fslora.deploy.records import Record
 from fslora.deploy.settings import RunSettings, SiteSettings
 from fslora.deploy.site import SiteWorker, introduction
 from fslora.errors import ConfigError
-from fslora.prepare import Sites, Workshop
+from fslora.prepare import Workshop
 
 WORKSHOP = Workshop()
 WORKERS: dict[str, SiteWorker] = {}
@@ -25,8 +28,10 @@ WORKERS: dict[str, SiteWorker] = {}
 def hello(run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> Record:
     """Returns how a site introduces itself: its clients' ids, ranks and numbers of examples. No model is loaded."""
     run, site = RunSettings.of(run_config), SiteSettings.of(node_config)
-    sites = WORKSHOP.sites(site.applied(run.parsed()))
-    return sealed(introduction(site.site, sites, _checked(site, sites), run.digest))
+    experiment = site.applied(run.parsed())
+    _check(site, experiment)
+    sites = with_own_rank(WORKSHOP.sites(experiment, site.members), site, experiment, run.run)
+    return sealed(introduction(site.site, sites, site.members, run.digest))
 
 
 def train(letter: Record, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> Record:
@@ -41,19 +46,27 @@ def evaluate(letter: Record, run_config: Mapping[str, Any], node_config: Mapping
 
 def worker(run: RunSettings, site: SiteSettings) -> SiteWorker:
     """Returns who answers the letters of a run at a site; the same as before where nothing has changed."""
-    key = f"{run.digest} {site!r}"
+    key = f"{run.run} {run.digest} {site!r}"
     if key not in WORKERS:
         experiment = site.applied(run.parsed())
-        _checked(site, WORKSHOP.sites(experiment))
+        _check(site, experiment)
+        federation = WORKSHOP.federation(experiment, site.members)
+        ranked = with_own_rank(federation.sites, site, experiment, run.run)
         WORKERS.clear()
-        WORKERS[key] = SiteWorker(site.site, WORKSHOP.federation(experiment), site.members, Path(site.storage))
+        federation = replace(federation, sites=ranked)
+        WORKERS[key] = SiteWorker(site.site, federation, site.members, Path(site.storage))
     return WORKERS[key]
 
 
-def _checked(site: SiteSettings, sites: Sites) -> frozenset[int]:
-    strange = sorted(client for client in site.members if not 0 <= client < len(sites.fleet))
+def _check(site: SiteSettings, experiment: Experiment) -> None:
+    clients = experiment.fleet.clients
+    strange = sorted(client for client in site.members if not 0 <= client < clients)
     if strange:
         raise ConfigError(
-            f"site {site.site} is to hold client {strange[0]}; the experiment has clients 0 to {len(sites.fleet) - 1}"
+            f"site {site.site} is to hold client {strange[0]}; the experiment has clients 0 to {clients - 1}"
         )
-    return site.members
+    if site.rank > experiment.adapter.rank:
+        raise ConfigError(
+            f"site {site.site} states rank {site.rank}, and adapter.rank is {experiment.adapter.rank}; state at most "
+            "that with --rank"
+        )

@@ -18,7 +18,7 @@ from fslora.deploy.lab import CONNECTION, Lab
 from fslora.deploy.serve import STATUS, check
 from fslora.deploy.settings import OWN_DATA, RunSettings, SiteSettings
 from fslora.errors import ConfigError, FsloraError, TrainingError
-from fslora.prepare import prepare_sites
+from fslora.prepare import SERVER, prepare_sites
 from fslora.runfolder import RunFolder
 from fslora.runner import Stage
 
@@ -41,7 +41,7 @@ def prepare(experiment: Experiment, path: Path) -> RunFolder:
     """Returns a new run folder of an experiment, without its variants: one run is deployed at a time."""
     alone = experiment.model_copy(update={"variants": {}})
     check(alone)
-    prepare_sites(alone)
+    prepare_sites(alone, SERVER)
     folder = RunFolder.create(path)
     folder.write_text("experiment.toml", config.to_toml(alone))
     folder.write_json("environment.json", runner.environment())
@@ -81,6 +81,11 @@ def remote(folder: RunFolder, connection: str, waits: Waits, stage: Stage) -> No
 def local_sites(experiment: Experiment, folder: RunFolder, count: int) -> dict[str, SiteSettings]:
     """Returns what each site is told: clients dealt in turn, and a folder of its own below the run's."""
     clients = experiment.fleet.clients
+    if experiment.partition.kind == "sites":
+        raise ConfigError(
+            "partition.kind is 'sites': every site has data of its own, and `fslora deploy local` cannot say which; "
+            "use `fslora deploy client-config --data PATH` and `fslora deploy run`"
+        )
     if not 1 <= count <= clients:
         raise ConfigError(f"--sites is {count}; there are {clients} clients, so give 1 to {clients}")
     return {

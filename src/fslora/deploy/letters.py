@@ -24,6 +24,10 @@ Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][
 """Of a run or a site: it may become the name of a folder."""
 
 
+MOST_EXAMPLES = 10**9
+"""Of one client: beyond that, a number is no number of examples."""
+
+
 class Order(_Part):
     """What one client is asked."""
 
@@ -104,8 +108,8 @@ class Member(_Part):
 
     id: NonNegativeInt
     rank: Annotated[int, Field(ge=1)]
-    examples: Annotated[int, Field(ge=1)]
-    held_out: NonNegativeInt
+    examples: Annotated[int, Field(ge=1, le=MOST_EXAMPLES)]
+    held_out: Annotated[int, Field(ge=0, le=MOST_EXAMPLES)]
     """Examples that it keeps for its own test."""
 
 

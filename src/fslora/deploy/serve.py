@@ -14,10 +14,11 @@ from fslora import runner
 from fslora.config import Experiment
 from fslora.console import Silent
 from fslora.deploy.letters import Hello
-from fslora.deploy.server import Deployed, Patience, Transport, check_hello
+from fslora.deploy.roster import Roster
+from fslora.deploy.server import Deployed, Patience, Transport
 from fslora.deploy.settings import RunSettings
 from fslora.errors import ConfigError, FsloraError, TrainingError
-from fslora.prepare import Federation, Workshop
+from fslora.prepare import SERVER, Federation, Workshop
 from fslora.rounds import Watcher
 from fslora.runfolder import RunFolder
 
@@ -85,18 +86,21 @@ def serve(settings: RunSettings, connect: Connect) -> None:
     status = Status(folder, settings.run)
     try:
         check(experiment)
-        federation = Workshop().federation(experiment)
-        folder.write_json("data.json", federation.describe())
+        before = folder.read_json("data.json") if folder.rounds_done else None
+        roster = Roster(Workshop().federation(experiment, SERVER), settings.digest, before)
 
         def rounds(federation: Federation, folder: RunFolder, watcher: Watcher) -> Deployed:
-            transport = connect(lambda hello: check_hello(hello, federation, settings.digest), status.note)
+            transport = connect(roster.check, status.note)
             _gathered(transport, federation, settings)
+            roster.admit(transport.sites())
+            roster.begun = True
+            folder.write_json("data.json", roster.federation.describe())
             patience = Patience(settings.deadline, settings.quorum)
-            return Deployed(federation, folder, watcher, transport, settings.run, patience, status.note)
+            return Deployed(roster.federation, folder, watcher, transport, settings.run, patience, status.note, roster)
 
         try:
             if not folder.finished:
-                runner.run_one(federation, folder, experiment.method.name, None, status, rounds)
+                runner.run_one(roster.federation, folder, experiment.method.name, None, status, rounds)
         finally:
             with suppress(FsloraError):  # the page must not hide what stopped the run
                 runner.write_report(folder)

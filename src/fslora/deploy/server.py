@@ -8,16 +8,16 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-import fslora
 from fslora.clients import Answer, Request
 from fslora.deploy.letters import Hello, Mark, Order, Results, Task, opened, payloads_of, sealed
 from fslora.deploy.records import Limits, Record
+from fslora.deploy.roster import Roster
 from fslora.deploy.scores import answered, question, usable
 from fslora.deploy.site import answer_of
-from fslora.errors import ConfigError, TrainingError, WireError
+from fslora.errors import TrainingError, WireError
 from fslora.metrics import Scores
 from fslora.prepare import Federation
-from fslora.rounds import Rounds, Watcher
+from fslora.rounds import Rounds, Tally, Watcher
 from fslora.runfolder import RunFolder
 from fslora.types import Adapter, Round, ServerState
 
@@ -62,9 +62,10 @@ class Deployed(Rounds):
         run: str,
         patience: Patience | None = None,
         note: Callable[[str], None] = lambda text: None,
+        roster: Roster | None = None,
     ) -> None:
         super().__init__(federation, folder, watcher)
-        self.note = note
+        self.note, self.roster = note, roster
         self.transport = transport
         self.run_name = run
         self.patience = patience or Patience()
@@ -76,6 +77,18 @@ class Deployed(Rounds):
         """Runs every round that is not in the folder's checkpoint; what sites know is what its metrics say."""
         self.known = known_by(self.folder, self.folder.rounds_done)
         return super().run()
+
+    def round(self, state: ServerState, number: int, spent: float = 0.0) -> tuple[ServerState, Tally]:
+        """Returns the state after one round with the clients that are known by now."""
+        self._meet()
+        return super().round(state, number, spent)
+
+    def _meet(self) -> None:
+        """Takes over what sites state that have come since."""
+        if self.roster is not None and self.roster.admit(self.transport.sites()):
+            self.federation = self.roster.federation
+            self.trainers = self.federation.trainers
+            self.folder.write_json("data.json", self.federation.describe())
 
     def keep(self, answer: Answer, rounds: int) -> None:
         """Notes that this client's answer was used: what it keeps is of this round from now on."""
@@ -109,6 +122,7 @@ class Deployed(Rounds):
 
     def held_out(self, state: ServerState | None) -> dict[int, Scores]:
         """Returns the scores of the clients whose sites answer, on examples that stay there; who did not is noted."""
+        self._meet()
         model = None if state is None else self.method.global_adapter(state)
         rounds = 0 if state is None else max(self.known.values(), default=0)
         at = {member.id: (site, member) for site, hello in self.transport.sites().items() for member in hello.members}
@@ -220,26 +234,3 @@ def known_by(folder: RunFolder, rounds: int) -> dict[int, int]:
     for row in folder.metrics(rounds):
         known.update(dict.fromkeys(map(int, row.get("client_loss", ())), row["round"]))
     return known
-
-
-def check_hello(hello: Hello, federation: Federation, digest: str) -> None:
-    """Raises ConfigError where a site cannot take part, naming what differs and the remedy."""
-    site = f"site {hello.site!r}"
-    if hello.version != fslora.__version__:
-        raise ConfigError(f"{site} has fslora {hello.version}, the server {fslora.__version__}; install the same")
-    if hello.experiment != digest:
-        raise ConfigError(f"{site} was told another experiment (digest {hello.experiment}, here {digest})")
-    if hello.data != federation.sites.partition.digest:
-        raise ConfigError(
-            f"{site} has other data, or divides them otherwise (digest {hello.data}, here "
-            f"{federation.sites.partition.digest}); check data.source there"
-        )
-    fleet, held = federation.trainers, federation.sites.partition.holdout.sizes
-    for member in hello.members:
-        there = fleet[member.id] if member.id < len(fleet) else None
-        said = (member.rank, member.examples, member.held_out)
-        if there is None or (there.rank, there.examples, held[member.id]) != said:
-            raise ConfigError(
-                f"{site} says that client {member.id} has rank {member.rank}, {member.examples} examples and "
-                f"{member.held_out} held-out ones; the experiment says {there}"
-            )

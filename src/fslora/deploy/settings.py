@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fslora import config
 from fslora.config import Experiment
@@ -78,6 +79,28 @@ class SiteSettings(_Settings):
     """A folder with the base model, where it lies elsewhere than the experiment says."""
     device: str = ""
     """Where it trains; by default as the experiment says."""
+    rank: Annotated[int, Field(ge=0)] = 0
+    """The rank of its clients, in the place of the one that the experiment gives them; 0: that one."""
+    memory: str = ""
+    """Or what training may take here, e.g. '2GB': its clients get the largest rank whose estimate fits."""
+
+    @field_validator("memory")
+    @classmethod
+    def _readable(cls, value: str) -> str:
+        if value:
+            bytes_of(value)
+        return value
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.rank and self.memory:
+            raise ValueError(f"rank is {self.rank} and memory is {self.memory!r}; give one of them")
+        return self
+
+    @property
+    def budget(self) -> int | None:
+        """Bytes that training may take; None: whatever it takes."""
+        return bytes_of(self.memory) if self.memory else None
 
     @classmethod
     def of(cls, node_config: Mapping[str, Any]) -> SiteSettings:
@@ -111,6 +134,19 @@ class SiteSettings(_Settings):
         if model:
             changes["model"] = model
         return config.build(config.merged(experiment.model_dump(), changes), f"site {self.site}")
+
+
+def bytes_of(text: str) -> int:
+    """Returns an amount of memory in bytes: '2GB', '1.5 GiB', '800MB'.
+
+    Raises:
+        ValueError: It is none.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B", text.strip())
+    amount = float(found[1]) if found else 0.0
+    if found is None or amount <= 0:
+        raise ValueError(f"it is {text!r}; write an amount with its unit, e.g. '2GB' or '800MB'")
+    return int(amount * (1024 if found[3] else 1000) ** (1 + "KMGT".index(found[2])))
 
 
 def _first(error: ValidationError) -> str:
