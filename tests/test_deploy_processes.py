@@ -18,6 +18,7 @@ from fslora.deploy import launch
 from fslora.deploy.bundle import submit
 from fslora.deploy.lab import CONNECTION, Lab
 from fslora.deploy.launch import Waits
+from fslora.deploy.settings import SiteSettings
 from fslora.errors import TrainingError
 from fslora.runfolder import RunFolder
 from kit import World, assert_same_world
@@ -169,3 +170,28 @@ def test_a_failure_at_the_server_is_told_by_the_command(settings, tmp_path, noth
     (folder.path / "sites").write_text("a file in the place of a folder")
     with pytest.raises(TrainingError, match=r"the run has failed: round 1: no client .* cannot be written"):
         launch.local(folder, 2, False, Waits(), Quiet())
+
+
+def test_data_of_their_own_and_models_of_their_own_in_real_processes(settings, tmp_path, nothing_left, sentiment_file):
+    """No example is at the server; each site has one file, and one states its rank. Their models stay with them."""
+    bare = [item for item in settings if not item.startswith(("data.source", "partition"))]
+    own = ["partition.kind=sites", "data.labels=['bad', 'good']", "run.eval_on=clients", "method.name=fedsa-lora"]
+    experiment = config.load(None, [*bare, *own, "run.rounds=2", "fleet.clients=2", "local.steps=1"])
+    folder = launch.prepare(experiment, tmp_path / "run")
+    lines = sentiment_file.read_text().splitlines(keepends=True)
+    sites = {}
+    for client, name in enumerate(("north", "south")):
+        (tmp_path / f"{name}.csv").write_text("".join([lines[0], *lines[1 + client :: 3]]))
+        values = {"site": name, "clients": str(client), "data": str(tmp_path / f"{name}.csv"), "rank": 3 * client}
+        sites[name] = SiteSettings.of({**values, "storage": str(tmp_path / "storage" / name)})
+    told = launch.settings_of(folder, Waits())
+    with Lab(sites, folder.path / "logs", secure=False) as lab:
+        launch._run(folder, told, CONNECTION, lab.home, Quiet(), lab.check)
+    assert folder.finished
+    last = folder.metrics()[-1]
+    assert last["client_ranks"]["1"] == 3
+    assert set(last["client_validation"]) == {"0", "1"}
+    assert (folder.path / "report.html").is_file()
+    for client, name in enumerate(sites):
+        kept = tmp_path / "storage" / name / told.run / "adapters" / f"client-{client:04d}"
+        assert (kept / "adapter_model.safetensors").is_file()
