@@ -176,7 +176,7 @@ def test_data_of_their_own_and_models_of_their_own_in_real_processes(settings, t
     """No example is at the server; each site has one file, and one states its rank. Their models stay with them."""
     bare = [item for item in settings if not item.startswith(("data.source", "partition"))]
     own = ["partition.kind=sites", "data.labels=['bad', 'good']", "run.eval_on=clients", "method.name=fedsa-lora"]
-    experiment = config.load(None, [*bare, *own, "run.rounds=2", "fleet.clients=2", "local.steps=1"])
+    experiment = config.load(None, [*bare, *own, "run.rounds=1", "fleet.clients=2", "local.steps=1"])
     folder = launch.prepare(experiment, tmp_path / "run")
     lines = sentiment_file.read_text().splitlines(keepends=True)
     sites = {}

@@ -66,6 +66,8 @@ class Deployed(Rounds):
     ) -> None:
         super().__init__(federation, folder, watcher)
         self.note, self.roster = note, roster
+        self._scored: tuple[ServerState, dict[int, int], dict[int, Scores]] | None = None
+        """The newest state that was scored at sites, what was known then, and the scores."""
         self.transport = transport
         self.run_name = run
         self.patience = patience or Patience()
@@ -121,7 +123,18 @@ class Deployed(Rounds):
         return () if self.method.personal else super().served(state)
 
     def held_out(self, state: ServerState | None) -> dict[int, Scores]:
-        """Returns the scores of the clients whose sites answer, on examples that stay there; who did not is noted."""
+        """Returns the scores of the clients whose sites answer, on examples that stay there; who did not is noted.
+
+        Asked again when nothing has happened since, it does not ask the sites again: a letter starts a process at each.
+        """
+        if state is None:
+            return self._asked(None)
+        # Both: of personal models the server's state may stay as it is while clients go on.
+        if self._scored is None or self._scored[0] is not state or self._scored[1] != self.known:
+            self._scored = state, dict(self.known), self._asked(state)
+        return self._scored[2]
+
+    def _asked(self, state: ServerState | None) -> dict[int, Scores]:
         self._meet()
         model = None if state is None else self.method.global_adapter(state)
         rounds = 0 if state is None else max(self.known.values(), default=0)
