@@ -17,7 +17,7 @@ from fslora import config, runner
 from fslora.deploy import launch
 from fslora.deploy.bundle import submit
 from fslora.deploy.lab import CONNECTION, Lab
-from fslora.deploy.launch import Waits
+from fslora.deploy.patience import Patience
 from fslora.errors import TrainingError
 from fslora.runfolder import RunFolder
 from kit import World, assert_same_world
@@ -71,9 +71,9 @@ def same_state(left: RunFolder, right: RunFolder) -> None:
 class Run:
     """A run in a lab of two sites, step by step."""
 
-    def __init__(self, settings: list[str], path: Path, waits: Waits) -> None:
+    def __init__(self, settings: list[str], path: Path, patience: Patience) -> None:
         self.folder = launch.prepare(config.load(None, settings), path)
-        self.settings = launch.settings_of(self.folder, waits)
+        self.settings = launch.settings_of(self.folder, patience)
         sites = launch.local_sites(self.settings.parsed(), self.folder, 2)
         self.lab = Lab(sites, self.folder.path / "logs", secure=False)
         self.scratch = path.parent / "scratch"
@@ -117,7 +117,7 @@ def test_one_command_brings_all_up_with_tls_and_keys_and_takes_it_down(settings,
 
 
 def test_a_site_killed_in_a_round_is_left_out_and_comes_back(settings, tmp_path, nothing_left):
-    run = Run([*settings, "run.rounds=8"], tmp_path / "run", Waits(deadline=45, quorum=0.25))
+    run = Run([*settings, "run.rounds=8"], tmp_path / "run", Patience(deadline=45, quorum=0.25))
     with run.lab:
         run.submit()
         run.until(lambda: len(run.rows()) >= 1)
@@ -136,13 +136,13 @@ def test_a_site_killed_in_a_round_is_left_out_and_comes_back(settings, tmp_path,
 
 def test_a_killed_superlink_loses_nothing(settings, tmp_path, nothing_left):
     """Resumed from the last checkpoint, with the sites' own storage, it ends with the bits of a simulation."""
-    run = Run([*settings, "method.name=flora"], tmp_path / "run", Waits())
+    run = Run([*settings, "method.name=flora"], tmp_path / "run", Patience())
     with run.lab:
         run.submit()
         run.until(lambda: len(run.rows()) >= 1)
         run.lab.stop("superlink", signal.SIGKILL)
     assert not run.folder.finished
-    launch.local(run.folder, 2, False, Waits(), Quiet())
+    launch.local(run.folder, 2, False, Patience(), Quiet())
     assert run.status()["run"] == run.settings.run
     same_state(run.folder, simulated(run.folder, tmp_path / "simulated"))
 
@@ -168,4 +168,4 @@ def test_a_failure_at_the_server_is_told_by_the_command(settings, tmp_path, noth
     folder = launch.prepare(config.load(None, [*settings, "wire.up=int8"]), tmp_path / "run")
     (folder.path / "sites").write_text("a file in the place of a folder")
     with pytest.raises(TrainingError, match=r"the run has failed: round 1: no client .* cannot be written"):
-        launch.local(folder, 2, False, Waits(), Quiet())
+        launch.local(folder, 2, False, Patience(), Quiet())

@@ -13,8 +13,9 @@ from fslora.clientstore import ClientStore
 from fslora.console import Silent
 from fslora.deploy.inprocess import InProcess
 from fslora.deploy.letters import Results, opened
+from fslora.deploy.patience import Patience
 from fslora.deploy.records import Entry, Record
-from fslora.deploy.server import Deployed, Patience
+from fslora.deploy.server import Deployed
 from fslora.deploy.site import SiteWorker
 from fslora.errors import TrainingError
 from fslora.methods import METHODS
@@ -181,7 +182,7 @@ def test_a_bad_answer_is_recorded_with_its_reason_and_the_round_goes_on(world, f
 
 
 def test_without_a_quorum_the_run_stops_and_says_who_is_silent(world):
-    run = world(on_the_way=lambda site, round, reply: None, patience=Patience(0, 0.5, 0))
+    run = world(on_the_way=lambda site, round, reply: None, patience=Patience(deadline=0, poll=0))
     with pytest.raises(TrainingError, match=r"round 1: 0 of 4 clients answered within 0 s, .* silent: east"):
         run.run()
 

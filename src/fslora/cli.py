@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from fslora import __version__
+from fslora.deploy.patience import Patience
 from fslora.errors import ArtifactError, ConfigError, FsloraError
 
 if TYPE_CHECKING:
@@ -348,11 +349,9 @@ def init(
         print(to if quiet else f"{to} written; run it with `fslora run {to}`")
 
 
-Deadline = Annotated[float, typer.Option(min=1, help="Seconds that a round waits for its clients' answers.")]
-Quorum = Annotated[
-    float, typer.Option(min=0, max=1, help="Share of a round's clients that is enough once the deadline has passed.")
-]
-Wait = Annotated[float, typer.Option(min=0, help="Seconds to wait for the sites before the first round.")]
+Deadline = Annotated[float, typer.Option(help="Seconds that a round waits for its clients' answers.")]
+Quorum = Annotated[float, typer.Option(help="Share of a round's clients that is enough once the deadline has passed.")]
+Wait = Annotated[float, typer.Option(help="Seconds to wait for the sites before the first round.")]
 Resume = Annotated[
     Path | None,
     typer.Option(metavar="RUN", help="Continue the deployed run of this folder.", show_default=False),
@@ -365,9 +364,9 @@ def deploy_local(
     experiment: ExperimentFile = None,
     sites: Annotated[int, typer.Option(min=1, help="Number of sites; clients are dealt to them in turn.")] = 3,
     secure: Annotated[bool, typer.Option(help="TLS, and a key for each site.")] = True,
-    deadline: Deadline = 600.0,
-    quorum: Quorum = 0.5,
-    wait: Wait = 300.0,
+    deadline: Deadline = Patience.deadline,
+    quorum: Quorum = Patience.quorum,
+    wait: Wait = Patience.wait,
     resume: Resume = None,
     overrides: Overrides = None,
     out: DeployOut = None,
@@ -377,10 +376,10 @@ def deploy_local(
     """Bring up a server and sites as processes on this machine, run, and end them: to try it in one command."""
     from fslora.deploy import launch
 
+    patience = _patience(deadline, quorum, wait)
     folder = _deployed_folder(experiment, overrides, resume, out)
-    waits = launch.Waits(deadline, quorum, wait)
     with _deploy_interruptible(folder.path, "local"):
-        launch.local(folder, sites, secure, waits, _terminal(quiet or as_json))
+        launch.local(folder, sites, secure, patience, _terminal(quiet or as_json))
     _print_closing(folder.path, as_json, quiet)
 
 
@@ -388,9 +387,9 @@ def deploy_local(
 def deploy_run(
     experiment: ExperimentFile = None,
     federation: Annotated[str, typer.Option(help="Name of a SuperLink in Flower's config.toml.")] = "local",
-    deadline: Deadline = 600.0,
-    quorum: Quorum = 0.5,
-    wait: Wait = 300.0,
+    deadline: Deadline = Patience.deadline,
+    quorum: Quorum = Patience.quorum,
+    wait: Wait = Patience.wait,
     resume: Resume = None,
     overrides: Overrides = None,
     out: DeployOut = None,
@@ -400,10 +399,10 @@ def deploy_run(
     """Start a run on an existing SuperLink on this machine, and follow it."""
     from fslora.deploy import launch
 
+    patience = _patience(deadline, quorum, wait)
     folder = _deployed_folder(experiment, overrides, resume, out)
-    waits = launch.Waits(deadline, quorum, wait)
     with _deploy_interruptible(folder.path, "run"):
-        launch.remote(folder, federation, waits, _terminal(quiet or as_json))
+        launch.remote(folder, federation, patience, _terminal(quiet or as_json))
     _print_closing(folder.path, as_json, quiet)
 
 
@@ -454,6 +453,13 @@ def deploy_test_keys(
     for name in site:
         write_site_key(folder / name)
     print("\n".join(str(path) for path in sorted(folder.iterdir())))
+
+
+def _patience(deadline: float, quorum: float, wait: float) -> Patience:
+    try:
+        return Patience(deadline, quorum, wait)
+    except ValueError as error:
+        raise ConfigError(f"--{error}") from None
 
 
 def _deployed_folder(

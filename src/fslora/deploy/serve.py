@@ -14,7 +14,7 @@ from fslora import runner
 from fslora.config import Experiment
 from fslora.console import Silent
 from fslora.deploy.letters import Hello
-from fslora.deploy.server import Deployed, Patience, Transport, check_hello
+from fslora.deploy.server import Deployed, Transport, check_hello
 from fslora.deploy.settings import RunSettings
 from fslora.errors import ConfigError, FsloraError, TrainingError
 from fslora.prepare import Federation, Workshop
@@ -91,8 +91,7 @@ def serve(settings: RunSettings, connect: Connect) -> None:
         def rounds(federation: Federation, folder: RunFolder, watcher: Watcher) -> Deployed:
             transport = connect(lambda hello: check_hello(hello, federation, settings.digest), status.note)
             _gathered(transport, federation, settings)
-            patience = Patience(settings.deadline, settings.quorum)
-            return Deployed(federation, folder, watcher, transport, settings.run, patience)
+            return Deployed(federation, folder, watcher, transport, settings.run, settings.patience)
 
         try:
             if not folder.finished:
@@ -108,10 +107,10 @@ def serve(settings: RunSettings, connect: Connect) -> None:
 
 def _gathered(transport: Waiting, federation: Federation, settings: RunSettings) -> None:
     """Waits for the sites; goes on without some, if a quorum of the clients is there."""
-    clients = len(federation.trainers)
-    there = transport.wait(clients, settings.wait)
-    if there < max(1, settings.quorum * clients):
+    clients, patience = len(federation.trainers), settings.patience
+    there = transport.wait(clients, patience.wait)
+    if there < max(1, patience.quorum * clients):
         raise TrainingError(
-            f"{there} of {clients} clients were there within {settings.wait:g} s, and the quorum is "
-            f"{settings.quorum:g}; start their SuperNodes, or wait longer with --wait"
+            f"{there} of {clients} clients were there within {patience.wait:g} s, and the quorum is "
+            f"{patience.quorum:g}; start their SuperNodes, or wait longer with --wait"
         )

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Protocol
 
 import fslora
 from fslora.clients import Answer, Request
 from fslora.deploy.letters import Hello, Order, Results, Task, opened, payloads_of, sealed
+from fslora.deploy.patience import Patience
 from fslora.deploy.records import Limits, Record
 from fslora.deploy.site import answer_of
 from fslora.errors import ConfigError, TrainingError, WireError
@@ -33,18 +33,6 @@ class Transport(Protocol):
         """Returns the answers that came since: a site's letter, or the reason why there will be none."""
 
 
-@dataclass(frozen=True)
-class Patience:
-    """How long a round waits."""
-
-    deadline: float = 600.0
-    """Seconds."""
-    quorum: float = 0.5
-    """The share of the cohort whose answers are enough once the deadline has passed."""
-    poll: float = 0.2
-    """Seconds between looks."""
-
-
 class Deployed(Rounds):
     """Runs a federation's rounds with clients at sites."""
 
@@ -55,12 +43,12 @@ class Deployed(Rounds):
         watcher: Watcher,
         transport: Transport,
         run: str,
-        patience: Patience | None = None,
+        patience: Patience,
     ) -> None:
         super().__init__(federation, folder, watcher)
         self.transport = transport
         self.run_name = run
-        self.patience = patience or Patience()
+        self.patience = patience
         self.limits = Limits(nbytes=2**26 + 64 * max(1, self.initial_state().nbytes) * max(1, len(self.trainers)))
         self.known: dict[int, int] = {}
         """Client → the rounds after which an update of its own was last used."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fslora import config
 from fslora.config import Experiment
 from fslora.deploy.letters import Name
+from fslora.deploy.patience import Patience
 from fslora.errors import ConfigError
 
 KEY = "settings"
@@ -32,12 +33,7 @@ class RunSettings(_Settings):
     """TOML."""
     folder: str
     """The run folder, on the server's machine."""
-    deadline: Annotated[float, Field(gt=0)] = 600.0
-    """Seconds that a round waits for its answers."""
-    quorum: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """The share of a cohort that is enough once the deadline has passed."""
-    wait: Annotated[float, Field(ge=0)] = 300.0
-    """Seconds that the server waits for all clients to be there before the first round."""
+    patience: Patience = Patience()
 
     def to_config(self) -> dict[str, str]:
         """Returns it as Flower's run configuration."""
