@@ -116,6 +116,7 @@ def test_without_flower_the_command_says_how_to_install_it(monkeypatch, capsys, 
         ("--deadline", "nan", "--deadline is nan; give seconds"),
         ("--quorum", "1.5", "--quorum is 1.5; give a share from 0 to 1"),
         ("--wait", "inf", "--wait is inf; give seconds"),
+        ("--over-select", "0.5", "--over-select is 0.5; give 1 or more"),
     ],
 )
 def test_a_patience_that_makes_no_sense_is_refused_before_anything_starts(

@@ -352,6 +352,9 @@ def init(
 Deadline = Annotated[float, typer.Option(help="Seconds that a round waits for its clients' answers.")]
 Quorum = Annotated[float, typer.Option(help="Share of a round's clients that is enough once the deadline has passed.")]
 Wait = Annotated[float, typer.Option(help="Seconds to wait for the sites before the first round.")]
+OverSelect = Annotated[
+    float, typer.Option(help="Ask this many times the cohort, and go on with the answers that come first.")
+]
 Resume = Annotated[
     Path | None,
     typer.Option(metavar="RUN", help="Continue the deployed run of this folder.", show_default=False),
@@ -367,6 +370,7 @@ def deploy_local(
     deadline: Deadline = Patience.deadline,
     quorum: Quorum = Patience.quorum,
     wait: Wait = Patience.wait,
+    over_select: OverSelect = Patience.over_select,
     resume: Resume = None,
     overrides: Overrides = None,
     out: DeployOut = None,
@@ -376,7 +380,7 @@ def deploy_local(
     """Bring up a server and sites as processes on this machine, run, and end them: to try it in one command."""
     from fslora.deploy import launch
 
-    patience = _patience(deadline, quorum, wait)
+    patience = _patience(deadline, quorum, wait, over_select)
     folder = _deployed_folder(experiment, overrides, resume, out)
     with _deploy_interruptible(folder.path, "local"):
         launch.local(folder, sites, secure, patience, _terminal(quiet or as_json))
@@ -390,6 +394,7 @@ def deploy_run(
     deadline: Deadline = Patience.deadline,
     quorum: Quorum = Patience.quorum,
     wait: Wait = Patience.wait,
+    over_select: OverSelect = Patience.over_select,
     resume: Resume = None,
     overrides: Overrides = None,
     out: DeployOut = None,
@@ -399,7 +404,7 @@ def deploy_run(
     """Start a run on an existing SuperLink on this machine, and follow it."""
     from fslora.deploy import launch
 
-    patience = _patience(deadline, quorum, wait)
+    patience = _patience(deadline, quorum, wait, over_select)
     folder = _deployed_folder(experiment, overrides, resume, out)
     with _deploy_interruptible(folder.path, "run"):
         launch.remote(folder, federation, patience, _terminal(quiet or as_json))
@@ -455,9 +460,9 @@ def deploy_test_keys(
     print("\n".join(str(path) for path in sorted(folder.iterdir())))
 
 
-def _patience(deadline: float, quorum: float, wait: float) -> Patience:
+def _patience(deadline: float, quorum: float, wait: float, over_select: float) -> Patience:
     try:
-        return Patience(deadline, quorum, wait)
+        return Patience(deadline, quorum, wait, over_select)
     except ValueError as error:
         raise ConfigError(f"--{error}") from None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isfinite
+from math import ceil, isfinite
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,8 @@ class Patience:
     """The share of a cohort that is enough once the deadline has passed."""
     wait: float = 300.0
     """Seconds that the server waits for all clients to be there before the first round."""
+    over_select: float = 1.0
+    """How many times its cohort a round asks; it goes on with the answers that come first."""
     poll: float = 0.2
     """Seconds between looks for answers."""
 
@@ -26,3 +28,10 @@ class Patience:
                 raise ValueError(f"{name} is {getattr(self, name)}; give seconds, 0 or more")
         if not 0 <= self.quorum <= 1:
             raise ValueError(f"quorum is {self.quorum}; give a share from 0 to 1")
+        if not (isfinite(self.over_select) and self.over_select >= 1):
+            raise ValueError(f"over-select is {self.over_select}; give 1 or more, e.g. 1.3")
+
+    def spares(self, cohort: int) -> int:
+        """Returns how many clients are asked beyond a cohort of this size."""
+        # Rounded first: 1.1 times 10 is a little more than 11 in floating point.
+        return ceil(round(self.over_select * cohort, 9)) - cohort

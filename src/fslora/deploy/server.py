@@ -14,10 +14,12 @@ from fslora.deploy.patience import Patience
 from fslora.deploy.records import Limits, Record
 from fslora.deploy.site import answer_of
 from fslora.errors import ConfigError, TrainingError, WireError
+from fslora.fleet import with_spares
 from fslora.prepare import Federation
+from fslora.rng import Rng
 from fslora.rounds import Rounds, Watcher
 from fslora.runfolder import RunFolder
-from fslora.types import Round, ServerState
+from fslora.types import Client, Round, ServerState
 
 
 class Transport(Protocol):
@@ -58,6 +60,10 @@ class Deployed(Rounds):
         self.known = known_by(self.folder, self.folder.rounds_done)
         return super().run()
 
+    def asked(self, cohort: tuple[Client, ...], rng: Rng) -> tuple[Client, ...]:
+        """Returns the cohort with its spares: the round goes on with those who answer first."""
+        return with_spares(self.trainers, cohort, self.patience.spares(len(cohort)), rng.child("spares"))
+
     def keep(self, answer: Answer, rounds: int) -> None:
         """Notes that this client's answer was used: what it keeps is of this round from now on."""
         self.known[answer.client] = rounds
@@ -79,8 +85,8 @@ class Deployed(Rounds):
         letters = {site: self._letter(asked, plan, lr) for site, asked in groups.items()}
         asked = {site: [request.client.id for request in group] for site, group in groups.items()}
         self.transport.send(letters, plan.number)
-        for site, reply in self._replies(set(letters), asked, plan):
-            answers.update(self._read(site, reply, asked[site], plan))
+        for answers_of_site in self._replies(asked, plan):
+            answers.update(answers_of_site)
         for client in sorted(answers):
             yield answers[client]
 
@@ -92,34 +98,42 @@ class Deployed(Rounds):
         task = Task(run=self.run_name, round=plan.number, lr=lr, durable=durable, orders=orders)
         return sealed(task, {request.client.id: request.payload for request in requests})
 
-    def _replies(
-        self, waiting: set[str], asked: Mapping[str, list[int]], plan: Round
-    ) -> Iterator[tuple[str, Record | str]]:
-        """Yields what comes until all have answered, or the deadline has passed and a quorum has.
+    def _replies(self, asked: Mapping[str, list[int]], plan: Round) -> Iterator[dict[int, Answer]]:
+        """Yields each site's answers, until all have answered, or the cohort is full, or the deadline has passed.
+
+        Those who have not answered by then are among them, with the reason.
 
         Raises:
             TrainingError: The deadline has passed without a quorum.
         """
-        patience, began, total = self.patience, time.monotonic(), len(plan.cohort)
-        came = 0
-        while waiting:
+        patience, began, needed = self.patience, time.monotonic(), self._needed(plan)
+        waiting, came = set(asked), 0
+        while waiting and came < needed:
             for site, reply in self.transport.poll():
-                if site in waiting:
+                if site in waiting and came < needed:
                     waiting.discard(site)
-                    came += 0 if isinstance(reply, str) else len(asked[site])
-                    yield site, reply
-            if waiting and time.monotonic() - began > patience.deadline:
-                if came < patience.quorum * total:
-                    raise TrainingError(
-                        f"round {plan.number + 1}: {came} of {total} clients answered within {patience.deadline:g} s, "
-                        f"and the quorum is {patience.quorum:g} (sites still silent: {', '.join(sorted(waiting))}). "
-                        f"The rounds before are in {self.folder.path}; resume it, with a longer --deadline if need be"
-                    )
-                for site in sorted(waiting):
-                    yield site, f"no answer within {patience.deadline:g} s"
-                return
-            if waiting:
+                    answers = self._read(site, reply, asked[site], plan)
+                    came += sum(answer.payload is not None for answer in answers.values())
+                    yield answers
+            if time.monotonic() - began > patience.deadline:
+                break
+            if waiting and came < needed:
                 time.sleep(patience.poll)
+        if waiting and came < patience.quorum * needed:
+            raise TrainingError(
+                f"round {plan.number + 1}: {came} of {len(plan.cohort)} clients answered within {patience.deadline:g} "
+                f"s, and the quorum is {patience.quorum:g} of {needed} (sites still silent: "
+                f"{', '.join(sorted(waiting))}). The rounds before are in {self.folder.path}; resume it, with a longer "
+                "--deadline if need be"
+            )
+        late = f"no answer within {patience.deadline:g} s" if came < needed else f"late: {came} clients were faster"
+        for site in sorted(waiting):
+            yield {client: Answer(client, refused=f"site {site}: {late}") for client in asked[site]}
+
+    def _needed(self, plan: Round) -> int:
+        """Returns the number of answers with which a round is complete."""
+        cohort = self.experiment.fleet.cohort
+        return len(plan.cohort) if cohort == "all" else cohort
 
     def _read(self, site: str, reply: Record | str, asked: list[int], plan: Round) -> dict[int, Answer]:
         """Returns the answers in a site's letter: one for each client that was asked, and for no other."""
