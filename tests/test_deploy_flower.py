@@ -16,10 +16,12 @@ from flowergrid import Grid
 from fslora import config, runner
 from fslora.deploy import desk, serve
 from fslora.deploy.client_app import app
-from fslora.deploy.flower import FlowerTransport, from_flower, to_flower
+from fslora.deploy.envelope import Record
+from fslora.deploy.flower import FlowerTransport
 from fslora.deploy.launch import local_sites, prepare, settings_of
+from fslora.deploy.messages import from_flower, to_flower
 from fslora.deploy.patience import Patience
-from fslora.deploy.records import Record, to_payload, to_record
+from fslora.deploy.records import to_payload, to_record
 from fslora.errors import ConfigError, TrainingError, WireError
 from fslora.runfolder import RunFolder
 from fslora.wire import Payload

@@ -12,10 +12,10 @@ import torch
 from fslora import config
 from fslora.clientstore import ClientStore
 from fslora.console import Silent
+from fslora.deploy.envelope import Entry, Record
 from fslora.deploy.inprocess import InProcess
 from fslora.deploy.letters import Results, opened
 from fslora.deploy.patience import Patience
-from fslora.deploy.records import Entry, Record
 from fslora.deploy.server import Deployed
 from fslora.deploy.site import SiteWorker
 from fslora.errors import TrainingError

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from rich.table import Table as RichTable
 
 from fslora import __version__
 from fslora.deploy.patience import Patience
+from fslora.deploy.relay import IDLE
 from fslora.errors import ArtifactError, ConfigError, FsloraError
 
 if TYPE_CHECKING:
@@ -424,6 +426,9 @@ def deploy_client_config(
     key: Annotated[Path | None, typer.Option(help="The site's own key, which the server has registered.")] = None,
     model: Annotated[str, typer.Option(help="Folder of the base model, where it lies elsewhere here.")] = "",
     device: Annotated[str, typer.Option(help="Where to train, e.g. 'cuda:0'.")] = "",
+    idle: Annotated[
+        float, typer.Option(help="Seconds for which the base stays loaded after a letter; 0: only for one letter.")
+    ] = IDLE,
     port: Annotated[int, typer.Option(help="The SuperNode's own port on loopback.")] = 9094,
     out: Annotated[Path | None, typer.Option(help="Script [default: SITE.sh].", show_default=False)] = None,
 ) -> None:
@@ -433,7 +438,7 @@ def deploy_client_config(
 
     path = out or Path(f"{site}.sh")
     values = {"site": site, "clients": clients, "storage": str(storage.resolve()), "data": data}
-    settings = SiteSettings.of({**values, "model": model, "device": device})
+    settings = SiteSettings.of({**values, "model": model, "device": device, "idle": idle})
     write_script(settings, Link(superlink, root_certificates, key, port), path)
     print(path)
 
@@ -487,7 +492,9 @@ def _deployed_folder(
 
 @contextmanager
 def _deploy_interruptible(path: Path, kind: str) -> Iterator[None]:
-    """Says how to go on when following a run is stopped."""
+    """Says how to go on when following a run is stopped; other signals that end a process are taken as Ctrl-C."""
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
     try:
         yield
     except KeyboardInterrupt:
@@ -495,6 +502,9 @@ def _deploy_interruptible(path: Path, kind: str) -> Iterator[None]:
             f"\nstopped; {path} holds what was done. Go on with: fslora deploy {kind} --resume {path}", file=sys.stderr
         )
         raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @app.command()

@@ -137,8 +137,8 @@ class Lab:
             flwr(["supernode", "register", f"{key}.pub", CONNECTION, "--name", name], self.home)
 
     def _start(self, name: str, arguments: list[str]) -> None:
-        # Looking for work ten times a second instead of once: a round is mostly waiting otherwise.
-        own = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1"}
+        # Looking for work four times a second instead of once: a round is mostly waiting otherwise.
+        own = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25"}
         with (self.logs / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 arguments,

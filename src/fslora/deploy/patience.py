@@ -18,7 +18,7 @@ class Patience:
     """Seconds that the server waits for all clients to be there before the first round."""
     over_select: float = 1.0
     """How many times its cohort a round asks; it goes on with the answers that come first."""
-    poll: float = 0.2
+    poll: float = 0.5
     """Seconds between looks for answers."""
 
     def __post_init__(self) -> None:

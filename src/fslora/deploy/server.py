@@ -9,9 +9,10 @@ from typing import Protocol
 
 import fslora
 from fslora.clients import Answer, Request
+from fslora.deploy.envelope import Record
 from fslora.deploy.letters import Hello, Order, Results, Task, opened, payloads_of, sealed
 from fslora.deploy.patience import Patience
-from fslora.deploy.records import Limits, Record
+from fslora.deploy.records import Limits
 from fslora.deploy.site import answer_of
 from fslora.errors import ConfigError, TrainingError, WireError
 from fslora.fleet import with_spares

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fslora import config
 from fslora.config import Experiment
 from fslora.deploy.letters import Name
 from fslora.deploy.patience import Patience
+from fslora.deploy.relay import IDLE
 from fslora.errors import ConfigError
 
 KEY = "settings"
@@ -74,6 +75,8 @@ class SiteSettings(_Settings):
     """A folder with the base model, where it lies elsewhere than the experiment says."""
     device: str = ""
     """Where it trains; by default as the experiment says."""
+    idle: Annotated[float, Field(ge=0, le=604_800)] = IDLE
+    """Seconds for which the base stays loaded after a letter; 0: only for one letter."""
 
     @classmethod
     def of(cls, node_config: Mapping[str, Any]) -> SiteSettings:
@@ -96,7 +99,7 @@ class SiteSettings(_Settings):
 
     def to_node_config(self) -> str:
         """Returns it as ``flower-supernode --node-config`` takes it."""
-        return " ".join(f"{key}={json.dumps(value)}" for key, value in self.model_dump().items() if value)
+        return " ".join(f"{key}={json.dumps(value)}" for key, value in self.model_dump(exclude_defaults=True).items())
 
     def applied(self, experiment: Experiment) -> Experiment:
         """Returns the experiment as it is carried out here."""

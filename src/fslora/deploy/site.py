@@ -20,8 +20,9 @@ import torch
 import fslora
 from fslora.clients import Answer, Clients, Request
 from fslora.clientstore import ClientStore
+from fslora.deploy.envelope import Record
 from fslora.deploy.letters import Hello, Member, Order, Result, Results, Task, opened, payloads_of, sealed
-from fslora.deploy.records import Limits, Record
+from fslora.deploy.records import Limits
 from fslora.errors import WireError
 from fslora.methods.baselog import summed
 from fslora.prepare import Federation, Sites
