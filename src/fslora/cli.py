@@ -384,15 +384,17 @@ def deploy_local(
 
     patience = _patience(deadline, quorum, wait, over_select)
     folder = _deployed_folder(experiment, overrides, resume, out)
-    with _deploy_interruptible(folder.path, "local"):
+    with _deploy_interruptible(folder.path, "fslora deploy local"):
         launch.local(folder, sites, secure, patience, _terminal(quiet or as_json))
     _print_closing(folder.path, as_json, quiet)
 
 
 @deploy.command("run")
 def deploy_run(
+    federation: Annotated[
+        str, typer.Option(metavar="NAME", help="Of a SuperLink in Flower's config.toml.", show_default=False)
+    ],
     experiment: ExperimentFile = None,
-    federation: Annotated[str, typer.Option(help="Name of a SuperLink in Flower's config.toml.")] = "local",
     deadline: Deadline = Patience.deadline,
     quorum: Quorum = Patience.quorum,
     wait: Wait = Patience.wait,
@@ -408,7 +410,7 @@ def deploy_run(
 
     patience = _patience(deadline, quorum, wait, over_select)
     folder = _deployed_folder(experiment, overrides, resume, out)
-    with _deploy_interruptible(folder.path, "run"):
+    with _deploy_interruptible(folder.path, f"fslora deploy run --federation {federation}"):
         launch.remote(folder, federation, patience, _terminal(quiet or as_json))
     _print_closing(folder.path, as_json, quiet)
 
@@ -491,16 +493,14 @@ def _deployed_folder(
 
 
 @contextmanager
-def _deploy_interruptible(path: Path, kind: str) -> Iterator[None]:
+def _deploy_interruptible(path: Path, command: str) -> Iterator[None]:
     """Says how to go on when following a run is stopped; other signals that end a process are taken as Ctrl-C."""
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
     try:
         yield
     except KeyboardInterrupt:
-        print(
-            f"\nstopped; {path} holds what was done. Go on with: fslora deploy {kind} --resume {path}", file=sys.stderr
-        )
+        print(f"\nstopped; {path} holds what was done. Go on with: {command} --resume {path}", file=sys.stderr)
         raise
     finally:
         for number, handler in before.items():

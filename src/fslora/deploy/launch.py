@@ -138,6 +138,6 @@ def _check(folder: RunFolder, number: str, connection: str, home: Path | None, a
         return  # the SuperLink may be busy, or away for a moment
     if said.startswith("finished") and (folder.read_json(STATUS) or {}).get("state") not in ("done", "failed"):
         raise TrainingError(
-            f"Flower says that run {number} is {said}, but it has not come to its end in {folder.path}; see "
-            f"`flwr log {number}` and {folder.path / 'logs'}"
+            f"Flower says that run {number} is {said}, but it has not come to its end in {folder.path}; see `flwr log "
+            f"{number} {connection}`, or the SuperLink's own output. Go on with --resume {folder.path}"
         )
