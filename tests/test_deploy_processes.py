@@ -9,6 +9,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fslora[flower]'")
@@ -16,11 +17,12 @@ pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fslora
 from fslora import config, runner
 from fslora.deploy import launch
 from fslora.deploy.bundle import submit
-from fslora.deploy.lab import CONNECTION, Lab
+from fslora.deploy.lab import CONNECTION, Lab, family
 from fslora.deploy.patience import Patience
 from fslora.errors import TrainingError
 from fslora.runfolder import RunFolder
 from kit import World, assert_same_world
+from test_deploy_worker import gone, workers
 from test_run import FSLORA, Quiet
 
 pytestmark = pytest.mark.slow
@@ -57,6 +59,13 @@ def processes(path: Path) -> list[str]:
 @pytest.fixture(autouse=True)
 def marked(monkeypatch, tmp_path):
     monkeypatch.setenv("FSLORA_TEST", str(tmp_path))
+
+
+def worker_of(run: Run, site: str, path: Path) -> psutil.Process:
+    """The process of a site that keeps its base; it ends with the SuperNode whose number it was told."""
+    node = run.lab.processes[site].pid
+    (worker,) = (each for each in workers(path) if any(word.startswith(f"{node}:") for word in each.cmdline()))
+    return worker
 
 
 def simulated(folder: RunFolder, to: Path) -> RunFolder:
@@ -121,8 +130,11 @@ def test_a_site_killed_in_a_round_is_left_out_and_comes_back(settings, tmp_path,
     with run.lab:
         run.submit()
         run.until(lambda: len(run.rows()) >= 1)
+        one, other = (worker_of(run, name, tmp_path) for name in ("site-1", "site-2"))
         run.lab.stop("site-2", signal.SIGKILL)
+        assert gone(other)
         run.until(lambda: any(row["dropped"] for row in run.rows()))
+        assert worker_of(run, "site-1", tmp_path) == one  # the base is loaded once, not in each round
         run.lab.start_site("site-2")
         missed = len(run.rows())
         run.until(lambda: any(not row["dropped"] for row in run.rows()[missed:]) or run.status()["state"] == "done")
@@ -132,6 +144,23 @@ def test_a_site_killed_in_a_round_is_left_out_and_comes_back(settings, tmp_path,
     assert ["1", "3"] in dropped
     assert all(each in ([], ["1", "3"]) for each in dropped)
     assert run.status()["notes"]
+
+
+def test_with_over_selection_nobody_waits_for_a_site_that_hangs(settings, tmp_path, nothing_left):
+    """All four clients are asked, and two are enough; a site is held up long before the deadline."""
+    patience = Patience(deadline=BUSY, over_select=2.0)
+    run = Run([*settings, "fleet.cohort=2"], tmp_path / "run", patience)
+    with run.lab:
+        run.submit()
+        run.until(lambda: len(run.rows()) >= 1)
+        for process in [*family(run.lab.processes["site-2"].pid), worker_of(run, "site-2", tmp_path)]:
+            process.suspend()
+        run.until(lambda: run.status()["state"] == "done")
+    last = run.rows()[-1]
+    assert last["clients"] == [0, 1, 2, 3]
+    assert last["client_loss"].keys() == {"0", "2"}
+    assert last["dropped"] == dict.fromkeys("13", "site site-2: late: 2 clients were faster")
+    assert last["seconds"] < patience.deadline
 
 
 def test_a_killed_superlink_loses_nothing(settings, tmp_path, nothing_left):

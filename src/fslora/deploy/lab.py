@@ -71,10 +71,13 @@ class Lab:
         """Ends every process, sites first, and removes what they kept for themselves."""
         for name in [*(name for name in self.processes if name != "superlink"), "superlink"]:
             self.stop(name)
+        killed = []
         for process in psutil.process_iter():
             with suppress(psutil.Error):
                 if process.environ().get("FLWR_HOME") == str(self.home):
                     process.kill()
+                    killed.append(process)
+        psutil.wait_procs(killed, timeout=10)
         shutil.rmtree(self.home, ignore_errors=True)
 
     def start_site(self, name: str) -> None:
