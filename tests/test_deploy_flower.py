@@ -16,10 +16,12 @@ from flowergrid import Grid
 from fslora import config, runner
 from fslora.deploy import desk, serve
 from fslora.deploy.client_app import app
-from fslora.deploy.flower import FlowerTransport, from_flower, to_flower
-from fslora.deploy.launch import Waits, local_sites, prepare, settings_of
-from fslora.deploy.records import Record, to_payload, to_record
-from fslora.deploy.settings import RunSettings
+from fslora.deploy.envelope import Record
+from fslora.deploy.flower import FlowerTransport
+from fslora.deploy.launch import local_sites, prepare, settings_of
+from fslora.deploy.messages import from_flower, to_flower
+from fslora.deploy.patience import Patience
+from fslora.deploy.records import to_payload, to_record
 from fslora.errors import ConfigError, TrainingError, WireError
 from fslora.runfolder import RunFolder
 from fslora.wire import Payload
@@ -71,10 +73,10 @@ def federation(tiny_settings, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "write_report", lambda folder: folder.path)
     monkeypatch.setattr(serve, "Workshop", lambda: desk.WORKSHOP)  # one base for all: they are in one process
 
-    def make(*more, name="run", **waits):
+    def make(*more, name="run"):
         experiment = config.load(None, [*tiny_settings, "run.rounds=2", "engine.chunk=1", *more])
         folder = prepare(experiment, tmp_path / name)
-        settings = RunSettings(**{**settings_of(folder, WAITS).model_dump(), **waits})
+        settings = settings_of(folder, PATIENCE)
         sites = local_sites(settings.parsed(), folder, 3)
         nodes = {10 + n: site.model_dump() for n, site in enumerate(sites.values(), start=1)}
         grid = Grid(app, settings.to_config(), nodes)
@@ -88,7 +90,7 @@ def federation(tiny_settings, tmp_path, monkeypatch):
     return make
 
 
-WAITS = Waits(deadline=0.01, quorum=0.25, sites=0.6)
+PATIENCE = Patience(deadline=0.01, quorum=0.25, wait=0.6)
 
 
 def simulated(folder: RunFolder, to) -> RunFolder:

@@ -10,8 +10,9 @@ import pytest
 
 from fslora import config, runner
 from fslora.deploy import desk, serve
-from fslora.deploy.launch import Waits, local_sites, prepare, settings_of
+from fslora.deploy.launch import local_sites, prepare, settings_of
 from fslora.deploy.letters import Hello, opened
+from fslora.deploy.patience import Patience
 from fslora.deploy.settings import RunSettings, SiteSettings, bytes_of
 from fslora.errors import ConfigError, DataError, FsloraError
 from fslora.footprint import resident
@@ -23,7 +24,7 @@ from test_run import Quiet
 
 SITES = {"north": (0, 3), "east": (1, 4, 5), "south": (2,)}
 TIMES = {"seconds", "server_seconds"}
-WAITS = Waits(deadline=0.01, quorum=0.25, sites=0)
+WAITS = Patience(deadline=0.01, quorum=0.25, wait=0)
 SIX = ["run.rounds=3", "engine.chunk=1", "variants={}", "partition.holdout=0.2", "partition.min_examples=4"]
 LABELS = "data.labels=['bad', 'good']"
 

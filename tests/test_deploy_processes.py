@@ -9,6 +9,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fslora[flower]'")
@@ -16,12 +17,13 @@ pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fslora
 from fslora import config, runner
 from fslora.deploy import launch
 from fslora.deploy.bundle import submit
-from fslora.deploy.lab import CONNECTION, Lab
-from fslora.deploy.launch import Waits
+from fslora.deploy.lab import CONNECTION, Lab, family
+from fslora.deploy.patience import Patience
 from fslora.deploy.settings import SiteSettings
 from fslora.errors import TrainingError
 from fslora.runfolder import RunFolder
 from kit import World, assert_same_world
+from test_deploy_worker import gone, workers
 from test_run import FSLORA, Quiet
 
 pytestmark = pytest.mark.slow
@@ -50,7 +52,7 @@ def processes(path: Path) -> list[str]:
             around = (folder / "environ").read_bytes()
         except OSError:
             continue
-        if b"FSLORA_TEST=" + os.fsencode(path) in around and "flwr" in line + " " and int(folder.name) != os.getpid():
+        if b"FSLORA_TEST=" + os.fsencode(path) in around and int(folder.name) != os.getpid():
             found.append(line)
     return found
 
@@ -58,6 +60,13 @@ def processes(path: Path) -> list[str]:
 @pytest.fixture(autouse=True)
 def marked(monkeypatch, tmp_path):
     monkeypatch.setenv("FSLORA_TEST", str(tmp_path))
+
+
+def worker_of(run: Run, site: str, path: Path) -> psutil.Process:
+    """The process of a site that keeps its base; it ends with the SuperNode whose number it was told."""
+    node = run.lab.processes[site].pid
+    (worker,) = (each for each in workers(path) if any(word.startswith(f"{node}:") for word in each.cmdline()))
+    return worker
 
 
 def simulated(folder: RunFolder, to: Path) -> RunFolder:
@@ -72,9 +81,9 @@ def same_state(left: RunFolder, right: RunFolder) -> None:
 class Run:
     """A run in a lab of two sites, step by step."""
 
-    def __init__(self, settings: list[str], path: Path, waits: Waits) -> None:
+    def __init__(self, settings: list[str], path: Path, patience: Patience) -> None:
         self.folder = launch.prepare(config.load(None, settings), path)
-        self.settings = launch.settings_of(self.folder, waits)
+        self.settings = launch.settings_of(self.folder, patience)
         sites = launch.local_sites(self.settings.parsed(), self.folder, 2)
         self.lab = Lab(sites, self.folder.path / "logs", secure=False)
         self.scratch = path.parent / "scratch"
@@ -118,12 +127,15 @@ def test_one_command_brings_all_up_with_tls_and_keys_and_takes_it_down(settings,
 
 
 def test_a_site_killed_in_a_round_is_left_out_and_comes_back(settings, tmp_path, nothing_left):
-    run = Run([*settings, "run.rounds=8"], tmp_path / "run", Waits(deadline=45, quorum=0.25))
+    run = Run([*settings, "run.rounds=8"], tmp_path / "run", Patience(deadline=45, quorum=0.25))
     with run.lab:
         run.submit()
         run.until(lambda: len(run.rows()) >= 1)
+        one, other = (worker_of(run, name, tmp_path) for name in ("site-1", "site-2"))
         run.lab.stop("site-2", signal.SIGKILL)
+        assert gone(other)
         run.until(lambda: any(row["dropped"] for row in run.rows()))
+        assert worker_of(run, "site-1", tmp_path) == one  # the base is loaded once, not in each round
         run.lab.start_site("site-2")
         missed = len(run.rows())
         run.until(lambda: any(not row["dropped"] for row in run.rows()[missed:]) or run.status()["state"] == "done")
@@ -135,20 +147,38 @@ def test_a_site_killed_in_a_round_is_left_out_and_comes_back(settings, tmp_path,
     assert run.status()["notes"]
 
 
+def test_with_over_selection_nobody_waits_for_a_site_that_hangs(settings, tmp_path, nothing_left):
+    """All four clients are asked, and two are enough; a site is held up long before the deadline."""
+    patience = Patience(deadline=BUSY, over_select=2.0)
+    run = Run([*settings, "fleet.cohort=2"], tmp_path / "run", patience)
+    with run.lab:
+        run.submit()
+        run.until(lambda: len(run.rows()) >= 1)
+        for process in [*family(run.lab.processes["site-2"].pid), worker_of(run, "site-2", tmp_path)]:
+            process.suspend()
+        run.until(lambda: run.status()["state"] == "done")
+    last = run.rows()[-1]
+    assert last["clients"] == [0, 1, 2, 3]
+    assert last["client_loss"].keys() == {"0", "2"}
+    assert last["dropped"] == dict.fromkeys("13", "site site-2: late: 2 clients were faster")
+    assert last["seconds"] < patience.deadline
+
+
 def test_a_killed_superlink_loses_nothing(settings, tmp_path, nothing_left):
     """Resumed from the last checkpoint, with the sites' own storage, it ends with the bits of a simulation."""
-    run = Run([*settings, "method.name=flora"], tmp_path / "run", Waits())
+    run = Run([*settings, "method.name=flora"], tmp_path / "run", Patience())
     with run.lab:
         run.submit()
         run.until(lambda: len(run.rows()) >= 1)
         run.lab.stop("superlink", signal.SIGKILL)
     assert not run.folder.finished
-    launch.local(run.folder, 2, False, Waits(), Quiet())
+    launch.local(run.folder, 2, False, Patience(), Quiet())
     assert run.status()["run"] == run.settings.run
     same_state(run.folder, simulated(run.folder, tmp_path / "simulated"))
 
 
-def test_ctrl_c_ends_everything_and_says_how_to_go_on(settings, tmp_path, nothing_left):
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_command_ends_everything_and_says_how_to_go_on(settings, tmp_path, nothing_left, how):
     items = [word for item in [*settings, "run.rounds=50"] for word in ("--set", item)]
     path = tmp_path / "run"
     args = [*FSLORA, "deploy", "local", *items, "--sites", "2", "--no-secure", "--out", str(path)]
@@ -158,7 +188,7 @@ def test_ctrl_c_ends_everything_and_says_how_to_go_on(settings, tmp_path, nothin
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < end
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(how)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert f"fslora deploy local --resume {path}" in said.replace("\n", "")
@@ -169,7 +199,7 @@ def test_a_failure_at_the_server_is_told_by_the_command(settings, tmp_path, noth
     folder = launch.prepare(config.load(None, [*settings, "wire.up=int8"]), tmp_path / "run")
     (folder.path / "sites").write_text("a file in the place of a folder")
     with pytest.raises(TrainingError, match=r"the run has failed: round 1: no client .* cannot be written"):
-        launch.local(folder, 2, False, Waits(), Quiet())
+        launch.local(folder, 2, False, Patience(), Quiet())
 
 
 def test_data_of_their_own_and_models_of_their_own_in_real_processes(settings, tmp_path, nothing_left, sentiment_file):
@@ -184,7 +214,7 @@ def test_data_of_their_own_and_models_of_their_own_in_real_processes(settings, t
         (tmp_path / f"{name}.csv").write_text("".join([lines[0], *lines[1 + client :: 3]]))
         values = {"site": name, "clients": str(client), "data": str(tmp_path / f"{name}.csv"), "rank": 3 * client}
         sites[name] = SiteSettings.of({**values, "storage": str(tmp_path / "storage" / name)})
-    told = launch.settings_of(folder, Waits())
+    told = launch.settings_of(folder, Patience())
     with Lab(sites, folder.path / "logs", secure=False) as lab:
         launch._run(folder, told, CONNECTION, lab.home, Quiet(), lab.check)
     assert folder.finished

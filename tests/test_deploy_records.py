@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fslora.deploy.records import TYPES, VERSION, Entry, Limits, Record, to_payload, to_record
+from fslora.deploy.envelope import VERSION, Entry, Record
+from fslora.deploy.records import TYPES, Limits, to_payload, to_record
 from fslora.errors import WireError
 from fslora.wire import Payload
 

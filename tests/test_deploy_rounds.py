@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from dataclasses import replace
 
 import pytest
@@ -11,10 +12,11 @@ import torch
 from fslora import config
 from fslora.clientstore import ClientStore
 from fslora.console import Silent
+from fslora.deploy.envelope import Entry, Record
 from fslora.deploy.inprocess import InProcess
 from fslora.deploy.letters import Results, opened
-from fslora.deploy.records import Entry, Record
-from fslora.deploy.server import Deployed, Patience
+from fslora.deploy.patience import Patience
+from fslora.deploy.server import Deployed
 from fslora.deploy.site import SiteWorker
 from fslora.errors import TrainingError
 from fslora.methods import METHODS
@@ -181,9 +183,63 @@ def test_a_bad_answer_is_recorded_with_its_reason_and_the_round_goes_on(world, f
 
 
 def test_without_a_quorum_the_run_stops_and_says_who_is_silent(world):
-    run = world(on_the_way=lambda site, round, reply: None, patience=Patience(0, 0.5, 0))
+    run = world(on_the_way=lambda site, round, reply: None, patience=Patience(deadline=0, poll=0))
     with pytest.raises(TrainingError, match=r"round 1: 0 of 4 clients answered within 0 s, .* silent: east"):
         run.run()
+
+
+def test_with_over_selection_a_round_goes_on_with_the_answers_that_come_first(settings, world, tmp_path):
+    """A silent site holds nobody up; the cohort without spares is the one of a simulation; means are of what came."""
+    patience = Patience(deadline=60, over_select=1.3, poll=0)
+    plain = simulated(settings, tmp_path, "fleet.cohort=3")
+    plain.run()
+    for name in ("fslora", "flora"):
+        run = world(
+            "fleet.cohort=3",
+            f"method.name={name}",
+            folder=name,
+            storage=name,
+            patience=patience,
+            on_the_way=lambda site, round, reply: None if site == "south" else reply,
+        )
+        began = time.monotonic()
+        state = run.run()
+        assert time.monotonic() - began < patience.deadline
+        assert all(torch.isfinite(tensor).all() for tensor in state.adapter.tensors().values())
+        dropped = 0
+        for one, row in zip(plain.folder.metrics()[1:], run.folder.metrics()[1:], strict=True):
+            assert set(one["clients"]) < set(row["clients"])
+            assert len(row["clients"]) == 4  # 1.3 times 3, and up
+            assert row["client_loss"].keys() | row["dropped"].keys() == set(map(str, row["clients"]))
+            assert len(row["client_loss"]) >= 3
+            assert all(re.fullmatch(r"site \w+: late: \d clients were faster", why) for why in row["dropped"].values())
+            dropped += len(row["dropped"])
+        assert dropped
+        assert not any("2" in row["client_loss"] for row in run.folder.metrics()[1:])
+
+
+def test_a_letter_that_comes_when_the_cohort_is_full_is_not_used(settings, world):
+    """All sites answer at once, south last: what is averaged is what came before it, and nothing else."""
+    patience = Patience(deadline=60, over_select=2.0, poll=0)
+    options = {"patience": patience, "arrival": lambda names: sorted(names, key=lambda name: name == "south")}
+    more = ["fleet.cohort=3", "run.rounds=1"]
+    run = world(*more, folder="all", storage="all", **options)
+    state = run.run()
+    (row,) = run.folder.metrics()[1:]
+    assert row["dropped"] == {"2": "site south: late: 5 clients were faster"}
+    silent = world(*more, on_the_way=lambda site, _, reply: None if site == "south" else reply, **options)
+    assert_same_world(World(state), World(silent.run()))
+
+
+def test_more_than_the_fleet_cannot_be_asked(world):
+    run = world("fleet.cohort=4", "run.rounds=1", patience=Patience(deadline=60, over_select=3.0, poll=0))
+    run.run()
+    assert run.folder.metrics()[1]["clients"] == list(range(6))
+
+
+@pytest.mark.parametrize(("factor", "cohort", "spares"), [(1.0, 5, 0), (1.3, 5, 2), (1.1, 10, 1), (2.0, 3, 3)])
+def test_spares_are_rounded_up(factor, cohort, spares):
+    assert Patience(over_select=factor).spares(cohort) == spares
 
 
 def test_an_answer_that_was_lost_leaves_no_trace(settings, world, tmp_path):

@@ -13,7 +13,8 @@ from fslora.cli import main
 from fslora.deploy import bundle
 from fslora.deploy.bundle import write_bundle
 from fslora.deploy.clientconfig import Link, script, write_script
-from fslora.deploy.launch import Waits, local_sites, prepare, settings_of
+from fslora.deploy.launch import local_sites, prepare, settings_of
+from fslora.deploy.patience import Patience
 from fslora.deploy.settings import KEY, RunSettings, SiteSettings
 from fslora.errors import ArtifactError, ConfigError
 
@@ -22,9 +23,9 @@ SITE = SiteSettings(site="north", clients="0,3", storage="/srv/it's here", data=
 
 def test_a_site_survives_its_node_config():
     """As Flower reads it: TOML values by key, with spaces between them."""
-    assert tomllib.loads(SITE.to_node_config().replace('" ', '"\n')) == {
-        key: value for key, value in SITE.model_dump().items() if value
-    }
+    assert tomllib.loads(SITE.to_node_config().replace('" ', '"\n')) == SITE.model_dump(exclude_defaults=True)
+    cold = SITE.model_copy(update={"idle": 0.0})
+    assert "idle=0.0" in cold.to_node_config()
     assert SiteSettings.of({**SITE.model_dump(), "partition-id": 3}) == SITE
     assert SITE.members == {0, 3}
 
@@ -46,12 +47,12 @@ def test_damaged_settings_are_refused(damaged):
 
 def test_a_run_is_told_in_one_line_and_keeps_its_name(tiny_settings, tmp_path):
     folder = prepare(config.load(None, tiny_settings), tmp_path / "run")
-    settings = settings_of(folder, Waits(5.0, 0.25, 1.0))
+    settings = settings_of(folder, Patience(5.0, 0.25, 1.0))
     assert RunSettings.of(settings.to_config()) == settings
     assert settings.parsed().variants == {}
     folder.write_json("deployment.json", {"run": settings.run})
-    assert settings_of(folder, Waits()).run == settings.run
-    assert settings_of(folder, Waits()).digest == settings.digest
+    assert settings_of(folder, Patience()).run == settings.run
+    assert settings_of(folder, Patience()).digest == settings.digest
     project = tomllib.loads((write_bundle(tmp_path, settings) / "pyproject.toml").read_text())
     assert RunSettings.of(project["tool"]["flwr"]["app"]["config"]) == settings
     assert project["project"]["dependencies"] == []
@@ -106,3 +107,31 @@ def test_without_flower_the_command_says_how_to_install_it(monkeypatch, capsys, 
     assert stopped.value.code == 2
     assert "pip install 'fslora[flower]'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "reason"),
+    [
+        ("--deadline", "-1", "--deadline is -1.0; give seconds, 0 or more"),
+        ("--deadline", "nan", "--deadline is nan; give seconds"),
+        ("--quorum", "1.5", "--quorum is 1.5; give a share from 0 to 1"),
+        ("--wait", "inf", "--wait is inf; give seconds"),
+        ("--over-select", "0.5", "--over-select is 0.5; give 1 or more"),
+    ],
+)
+def test_a_patience_that_makes_no_sense_is_refused_before_anything_starts(
+    monkeypatch, capsys, tmp_path, option, value, reason
+):
+    words = ["fslora", "deploy", "local", option, value, "--out", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert reason in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_whose_patience_makes_no_sense_are_refused():
+    text = RunSettings(run="a", experiment="", folder="").model_dump_json().replace('"quorum":0.5', '"quorum":7.0')
+    with pytest.raises(ConfigError, match=r"patience: .*quorum is 7\.0; give a share from 0 to 1"):
+        RunSettings.of({KEY: text})

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fslora.config import FleetConfig
-from fslora.fleet import build_fleet, sample_cohort
+from fslora.fleet import build_fleet, sample_cohort, with_spares
 from fslora.rng import Rng
 
 
@@ -90,6 +90,18 @@ def test_cohorts_hold_different_clients_by_id(cohort, seed):
     assert len(ids) == cohort
     assert ids == sorted(set(ids))
     assert chosen == sample_cohort(fleet, cohort, Rng(seed))
+
+
+@settings(deadline=None)
+@given(st.integers(1, 20), st.integers(0, 25), st.integers(0, 99))
+def test_spares_are_added_to_a_cohort_that_stays(cohort, spares, seed):
+    fleet = build_fleet(FleetConfig(), 64, [10] * 20, Rng(0))
+    chosen = sample_cohort(fleet, cohort, Rng(seed))
+    more = with_spares(fleet, chosen, spares, Rng(seed).child("spares"))
+    assert set(chosen) <= set(more)
+    assert len(set(more)) == len(more) == min(cohort + spares, 20)
+    assert list(more) == sorted(more, key=lambda client: client.id)
+    assert more == with_spares(fleet, chosen, spares, Rng(seed).child("spares"))
 
 
 def test_cohort_of_all_is_everybody_and_small_cohorts_reach_everybody():

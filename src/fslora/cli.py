@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from fslora import __version__
+from fslora.deploy.patience import Patience
+from fslora.deploy.relay import IDLE
 from fslora.errors import ArtifactError, ConfigError, FsloraError
 
 if TYPE_CHECKING:
@@ -348,11 +351,12 @@ def init(
         print(to if quiet else f"{to} written; run it with `fslora run {to}`")
 
 
-Deadline = Annotated[float, typer.Option(min=1, help="Seconds that a round waits for its clients' answers.")]
-Quorum = Annotated[
-    float, typer.Option(min=0, max=1, help="Share of a round's clients that is enough once the deadline has passed.")
+Deadline = Annotated[float, typer.Option(help="Seconds that a round waits for its clients' answers.")]
+Quorum = Annotated[float, typer.Option(help="Share of a round's clients that is enough once the deadline has passed.")]
+Wait = Annotated[float, typer.Option(help="Seconds to wait for the sites before the first round.")]
+OverSelect = Annotated[
+    float, typer.Option(help="Ask this many times the cohort, and go on with the answers that come first.")
 ]
-Wait = Annotated[float, typer.Option(min=0, help="Seconds to wait for the sites before the first round.")]
 Resume = Annotated[
     Path | None,
     typer.Option(metavar="RUN", help="Continue the deployed run of this folder.", show_default=False),
@@ -365,9 +369,10 @@ def deploy_local(
     experiment: ExperimentFile = None,
     sites: Annotated[int, typer.Option(min=1, help="Number of sites; clients are dealt to them in turn.")] = 3,
     secure: Annotated[bool, typer.Option(help="TLS, and a key for each site.")] = True,
-    deadline: Deadline = 600.0,
-    quorum: Quorum = 0.5,
-    wait: Wait = 300.0,
+    deadline: Deadline = Patience.deadline,
+    quorum: Quorum = Patience.quorum,
+    wait: Wait = Patience.wait,
+    over_select: OverSelect = Patience.over_select,
     resume: Resume = None,
     overrides: Overrides = None,
     out: DeployOut = None,
@@ -377,20 +382,23 @@ def deploy_local(
     """Bring up a server and sites as processes on this machine, run, and end them: to try it in one command."""
     from fslora.deploy import launch
 
+    patience = _patience(deadline, quorum, wait, over_select)
     folder = _deployed_folder(experiment, overrides, resume, out)
-    waits = launch.Waits(deadline, quorum, wait)
-    with _deploy_interruptible(folder.path, "local"):
-        launch.local(folder, sites, secure, waits, _terminal(quiet or as_json))
+    with _deploy_interruptible(folder.path, "fslora deploy local"):
+        launch.local(folder, sites, secure, patience, _terminal(quiet or as_json))
     _print_closing(folder.path, as_json, quiet)
 
 
 @deploy.command("run")
 def deploy_run(
+    federation: Annotated[
+        str, typer.Option(metavar="NAME", help="Of a SuperLink in Flower's config.toml.", show_default=False)
+    ],
     experiment: ExperimentFile = None,
-    federation: Annotated[str, typer.Option(help="Name of a SuperLink in Flower's config.toml.")] = "local",
-    deadline: Deadline = 600.0,
-    quorum: Quorum = 0.5,
-    wait: Wait = 300.0,
+    deadline: Deadline = Patience.deadline,
+    quorum: Quorum = Patience.quorum,
+    wait: Wait = Patience.wait,
+    over_select: OverSelect = Patience.over_select,
     resume: Resume = None,
     overrides: Overrides = None,
     out: DeployOut = None,
@@ -400,10 +408,10 @@ def deploy_run(
     """Start a run on an existing SuperLink on this machine, and follow it."""
     from fslora.deploy import launch
 
+    patience = _patience(deadline, quorum, wait, over_select)
     folder = _deployed_folder(experiment, overrides, resume, out)
-    waits = launch.Waits(deadline, quorum, wait)
-    with _deploy_interruptible(folder.path, "run"):
-        launch.remote(folder, federation, waits, _terminal(quiet or as_json))
+    with _deploy_interruptible(folder.path, f"fslora deploy run --federation {federation}"):
+        launch.remote(folder, federation, patience, _terminal(quiet or as_json))
     _print_closing(folder.path, as_json, quiet)
 
 
@@ -432,6 +440,9 @@ def deploy_client_config(
     memory: Annotated[
         str, typer.Option(help="Or what training may take, e.g. '2GB': the largest rank whose estimate fits.")
     ] = "",
+    idle: Annotated[
+        float, typer.Option(help="Seconds for which the base stays loaded after a letter; 0: only for one letter.")
+    ] = IDLE,
     port: Annotated[int, typer.Option(help="The SuperNode's own port on loopback.")] = 9094,
     out: Annotated[Path | None, typer.Option(help="Script [default: SITE.sh].", show_default=False)] = None,
 ) -> None:
@@ -442,7 +453,8 @@ def deploy_client_config(
     path = out or Path(f"{site}.sh")
     data = str(Path(data).resolve()) if Path(data).exists() else data  # SuperNodes work in folders of their own
     values = {"site": site, "clients": clients, "storage": str(storage.resolve()), "data": data}
-    settings = SiteSettings.of({**values, "model": model, "device": device, "rank": rank, "memory": memory})
+    options = {"model": model, "device": device, "rank": rank, "memory": memory, "idle": idle}
+    settings = SiteSettings.of({**values, **options})
     write_script(settings, Link(superlink, root_certificates, key, port), path)
     print(path)
 
@@ -469,6 +481,13 @@ def deploy_test_keys(
     print("\n".join(str(path) for path in sorted(folder.iterdir())))
 
 
+def _patience(deadline: float, quorum: float, wait: float, over_select: float) -> Patience:
+    try:
+        return Patience(deadline, quorum, wait, over_select)
+    except ValueError as error:
+        raise ConfigError(f"--{error}") from None
+
+
 def _deployed_folder(
     experiment: Path | None, overrides: list[str] | None, resume: Path | None, out: Path | None
 ) -> RunFolder:
@@ -488,15 +507,18 @@ def _deployed_folder(
 
 
 @contextmanager
-def _deploy_interruptible(path: Path, kind: str) -> Iterator[None]:
-    """Says how to go on when following a run is stopped."""
+def _deploy_interruptible(path: Path, command: str) -> Iterator[None]:
+    """Says how to go on when following a run is stopped; other signals that end a process are taken as Ctrl-C."""
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
     try:
         yield
     except KeyboardInterrupt:
-        print(
-            f"\nstopped; {path} holds what was done. Go on with: fslora deploy {kind} --resume {path}", file=sys.stderr
-        )
+        print(f"\nstopped; {path} holds what was done. Go on with: {command} --resume {path}", file=sys.stderr)
         raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @app.command()

@@ -91,6 +91,17 @@ def sample_cohort(fleet: Sequence[Client], cohort: int | Literal["all"], rng: Rn
     return tuple(fleet[i] for i in sorted(chosen.tolist()))
 
 
+def with_spares(fleet: Fleet, cohort: Sequence[Client], spares: int, rng: Rng) -> tuple[Client, ...]:
+    """Returns a cohort and this many clients more, or as many as there are, by increasing id.
+
+    Each client that has examples is as likely as any other, and the cohort is the one without spares.
+    """
+    inside = np.array([client.id for client in cohort], dtype=np.int64)
+    outside = np.setdiff1d(np.flatnonzero(fleet.examples), inside)
+    more = rng.numpy().choice(outside, size=min(spares, len(outside)), replace=False)
+    return tuple(fleet[i] for i in sorted([*inside.tolist(), *more.tolist()]))
+
+
 def _drawn(config: FleetConfig, low: int, high: int, stream: np.random.Generator) -> Whole:
     assert config.distribution is not None
     places = DISTRIBUTIONS[config.distribution](stream, config.clients, high - low)

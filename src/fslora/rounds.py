@@ -27,6 +27,7 @@ from fslora.fleet import sample_cohort
 from fslora.memory import Heap, keep_freed_memory, peak_memory
 from fslora.metrics import Scores
 from fslora.prepare import Federation
+from fslora.rng import Rng
 from fslora.runfolder import RunFolder
 from fslora.types import Adapter, Broadcast, Client, ClientMemory, ClientUpdate, Round, ServerState, Site
 from fslora.wire import Payload, Wire
@@ -116,6 +117,11 @@ class Rounds(ABC):
     def keep(self, answer: Answer, rounds: int) -> None:
         """Is told of every answer that is used, before it is."""
 
+    def asked(self, cohort: tuple[Client, ...], rng: Rng) -> tuple[Client, ...]:
+        """Returns whom a round asks, by id: its cohort. Where some may not answer, there can be more."""
+        del rng
+        return cohort
+
     def initial_state(self) -> ServerState:
         """Returns the server's state before the first round."""
         return self.method.init(self.template, self.trainers, self.federation.rng)
@@ -169,8 +175,8 @@ class Rounds(ABC):
         rng = self.federation.rng.child("round", number)
         size = "all" if self.experiment.fleet.pooled else self.experiment.fleet.cohort
         cohort = sample_cohort(self.trainers, size, rng.child("cohort"))
-        plan, tally = Round(number, cohort, rng, self.template), Tally()
-        self.watcher.round_started(number + 1, len(cohort))
+        plan, tally = Round(number, self.asked(cohort, rng), rng, self.template), Tally()
+        self.watcher.round_started(number + 1, len(plan.cohort))
         with closing(self._updates(state, plan, tally, self._lr(number, spent))) as updates, tally.at_the_server():
             state = self.method.aggregate(state, tally.waiting(updates), plan)
         return state, tally

@@ -49,7 +49,13 @@ def write_bundle(folder: Path, settings: RunSettings) -> Path:
     project = folder / NAME
     project.mkdir(parents=True)
     document: dict[str, Any] = {
-        "project": {"name": NAME, "version": "0.0.1", "license": "Apache-2.0", "dependencies": []},
+        "project": {
+            "name": NAME,
+            "version": "0.0.1",
+            "description": "A run of fslora.",
+            "license": "Apache-2.0",
+            "dependencies": [],
+        },
         "tool": {
             "flwr": {
                 "app": {

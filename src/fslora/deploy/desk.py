@@ -1,7 +1,7 @@
 """Where a site's letters arrive: which run, which clients, which storage. The base is kept for as long as the process.
 
-Flower starts a process for each message to a site, so all clients of a site come in one letter; where the process lives
-on (in a simulation, or in tests) the same worker answers the next one.
+All clients of a site come in one letter. Where the process lives on (`fslora.deploy.worker`, a simulation, a test) the
+same worker answers the next one.
 """
 
 from __future__ import annotations
@@ -13,16 +13,26 @@ from typing import Any
 
 from fslora.config import Experiment
 from fslora.deploy.capacity import with_own_rank
+from fslora.deploy.envelope import Record
 from fslora.deploy.letters import sealed
-from fslora.deploy.records import Record
 from fslora.deploy.settings import RunSettings, SiteSettings
 from fslora.deploy.site import SiteWorker, introduction
-from fslora.errors import ConfigError
+from fslora.errors import ConfigError, WireError
 from fslora.prepare import Workshop
 
 WORKSHOP = Workshop()
 WORKERS: dict[str, SiteWorker] = {}
 """The newest worker of this process, by all that it depends on."""
+
+
+def answer(kind: str, letter: Record | None, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> Record:
+    """Returns a site's answer to a letter of one of the kinds there are; to 'hello' there is none."""
+    if kind == "hello":
+        return hello(run_config, node_config)
+    answers = {"train": train, "evaluate": evaluate}
+    if letter is None or kind not in answers:
+        raise WireError(f"there is no letter of the kind {kind[:40]!r}; there are hello, {', '.join(answers)}")
+    return answers[kind](letter, run_config, node_config)
 
 
 def hello(run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> Record:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from fslora.deploy.envelope import Record
 from fslora.deploy.letters import Hello
-from fslora.deploy.records import Record
 from fslora.deploy.server import Kind
 from fslora.deploy.site import SiteWorker, introduction
 from fslora.errors import FsloraError

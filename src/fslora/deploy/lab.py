@@ -71,10 +71,13 @@ class Lab:
         """Ends every process, sites first, and removes what they kept for themselves."""
         for name in [*(name for name in self.processes if name != "superlink"), "superlink"]:
             self.stop(name)
+        killed = []
         for process in psutil.process_iter():
             with suppress(psutil.Error):
                 if process.environ().get("FLWR_HOME") == str(self.home):
                     process.kill()
+                    killed.append(process)
+        psutil.wait_procs(killed, timeout=10)
         shutil.rmtree(self.home, ignore_errors=True)
 
     def start_site(self, name: str) -> None:
@@ -137,8 +140,8 @@ class Lab:
             flwr(["supernode", "register", f"{key}.pub", CONNECTION, "--name", name], self.home)
 
     def _start(self, name: str, arguments: list[str]) -> None:
-        # Looking for work ten times a second instead of once: a round is mostly waiting otherwise.
-        own = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1"}
+        # Looking for work four times a second instead of once: a round is mostly waiting otherwise.
+        own = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25"}
         with (self.logs / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 arguments,

@@ -7,7 +7,6 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from subprocess import SubprocessError
 
@@ -15,6 +14,7 @@ from fslora import config, runner
 from fslora.config import Experiment
 from fslora.deploy.bundle import flwr, require_flower, run_status, submit
 from fslora.deploy.lab import CONNECTION, Lab
+from fslora.deploy.patience import Patience
 from fslora.deploy.serve import STATUS, check
 from fslora.deploy.settings import OWN_DATA, RunSettings, SiteSettings
 from fslora.errors import ConfigError, FsloraError, TrainingError
@@ -28,15 +28,6 @@ ASK = 10.0
 """Seconds between questions whether all goes on: Flower's server process may have ended without a word."""
 
 
-@dataclass(frozen=True)
-class Waits:
-    """How long a deployed run waits, and for how many."""
-
-    deadline: float = 600.0
-    quorum: float = 0.5
-    sites: float = 300.0
-
-
 def prepare(experiment: Experiment, path: Path) -> RunFolder:
     """Returns a new run folder of an experiment, without its variants: one run is deployed at a time."""
     alone = experiment.model_copy(update={"variants": {}})
@@ -48,7 +39,7 @@ def prepare(experiment: Experiment, path: Path) -> RunFolder:
     return folder
 
 
-def settings_of(folder: RunFolder, waits: Waits) -> RunSettings:
+def settings_of(folder: RunFolder, patience: Patience) -> RunSettings:
     """Returns what a run is told; one that is resumed keeps its name, and with it what sites have kept."""
     before = folder.read_json(STATUS) or {}
     name = str(before.get("run") or f"run-{uuid.uuid4().hex[:12]}")
@@ -56,26 +47,24 @@ def settings_of(folder: RunFolder, waits: Waits) -> RunSettings:
         run=name,
         experiment=(folder.path / "experiment.toml").read_text(encoding="utf-8"),
         folder=str(folder.path.resolve()),
-        deadline=waits.deadline,
-        quorum=waits.quorum,
-        wait=waits.sites,
+        patience=patience,
     )
 
 
-def local(folder: RunFolder, count: int, secure: bool, waits: Waits, stage: Stage) -> None:
+def local(folder: RunFolder, count: int, secure: bool, patience: Patience, stage: Stage) -> None:
     """Carries out a run with a SuperLink and SuperNodes on this machine, and ends them however it ends."""
     require_flower()
-    settings = settings_of(folder, waits)
+    settings = settings_of(folder, patience)
     experiment = settings.parsed()
     stage.note(f"Starting a SuperLink and {count} SuperNodes{' with TLS and keys' if secure else ''} ...")
     with Lab(local_sites(experiment, folder, count), folder.path / "logs", secure) as lab:
         _run(folder, settings, CONNECTION, lab.home, stage, lab.check)
 
 
-def remote(folder: RunFolder, connection: str, waits: Waits, stage: Stage) -> None:
+def remote(folder: RunFolder, connection: str, patience: Patience, stage: Stage) -> None:
     """Carries out a run on a SuperLink that is there, by the name of its connection in Flower's config.toml."""
     require_flower()
-    _run(folder, settings_of(folder, waits), connection, None, stage, lambda: None)
+    _run(folder, settings_of(folder, patience), connection, None, stage, lambda: None)
 
 
 def local_sites(experiment: Experiment, folder: RunFolder, count: int) -> dict[str, SiteSettings]:
@@ -154,6 +143,6 @@ def _check(folder: RunFolder, number: str, connection: str, home: Path | None, a
         return  # the SuperLink may be busy, or away for a moment
     if said.startswith("finished") and (folder.read_json(STATUS) or {}).get("state") not in ("done", "failed"):
         raise TrainingError(
-            f"Flower says that run {number} is {said}, but it has not come to its end in {folder.path}; see "
-            f"`flwr log {number}` and {folder.path / 'logs'}"
+            f"Flower says that run {number} is {said}, but it has not come to its end in {folder.path}; see `flwr log "
+            f"{number} {connection}`, or the SuperLink's own output. Go on with --resume {folder.path}"
         )

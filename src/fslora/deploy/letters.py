@@ -11,7 +11,8 @@ from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
-from fslora.deploy.records import Entry, Limits, Record, to_payload, to_record
+from fslora.deploy.envelope import Entry, Record
+from fslora.deploy.records import Limits, to_payload, to_record
 from fslora.errors import WireError
 from fslora.wire import Payload
 

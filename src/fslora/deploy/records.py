@@ -14,12 +14,11 @@ from math import prod
 
 import torch
 
+from fslora.deploy.envelope import VERSION, Entry, Record
 from fslora.errors import WireError
 from fslora.types import Tensor
 from fslora.wire import Payload
 
-VERSION = 1
-"""Of the form of records. Another one is refused."""
 TYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -33,26 +32,6 @@ TYPES: Mapping[str, torch.dtype] = {
     "bool": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in TYPES.items()}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One array."""
-
-    name: str
-    dtype: str
-    """A key of `TYPES`."""
-    shape: tuple[int, ...]
-    data: bytes
-
-
-@dataclass(frozen=True)
-class Record:
-    """A message in its plainest form."""
-
-    entries: tuple[Entry, ...]
-    header: str
-    version: int = VERSION
 
 
 @dataclass(frozen=True)

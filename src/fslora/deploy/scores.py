@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import isfinite
 
+from fslora.deploy.envelope import Record
 from fslora.deploy.letters import Examination, Mark, Marks, Order, opened, sealed
-from fslora.deploy.records import Limits, Record
+from fslora.deploy.records import Limits
 from fslora.errors import WireError
 from fslora.evaluate import predict, untrained
 from fslora.metrics import RANGES

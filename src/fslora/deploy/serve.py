@@ -15,7 +15,7 @@ from fslora.config import Experiment
 from fslora.console import Silent
 from fslora.deploy.letters import Hello
 from fslora.deploy.roster import Roster
-from fslora.deploy.server import Deployed, Patience, Transport
+from fslora.deploy.server import Deployed, Transport
 from fslora.deploy.settings import RunSettings
 from fslora.errors import ConfigError, FsloraError, TrainingError
 from fslora.prepare import SERVER, Federation, Workshop
@@ -95,7 +95,7 @@ def serve(settings: RunSettings, connect: Connect) -> None:
             roster.admit(transport.sites())
             roster.begun = True
             folder.write_json("data.json", roster.federation.describe())
-            patience = Patience(settings.deadline, settings.quorum)
+            patience = settings.patience
             return Deployed(roster.federation, folder, watcher, transport, settings.run, patience, status.note, roster)
 
         try:
@@ -112,10 +112,10 @@ def serve(settings: RunSettings, connect: Connect) -> None:
 
 def _gathered(transport: Waiting, federation: Federation, settings: RunSettings) -> None:
     """Waits for the sites; goes on without some, if a quorum of the clients is there."""
-    clients = len(federation.trainers)
-    there = transport.wait(clients, settings.wait)
-    if there < max(1, settings.quorum * clients):
+    clients, patience = len(federation.trainers), settings.patience
+    there = transport.wait(clients, patience.wait)
+    if there < max(1, patience.quorum * clients):
         raise TrainingError(
-            f"{there} of {clients} clients were there within {settings.wait:g} s, and the quorum is "
-            f"{settings.quorum:g}; start their SuperNodes, or wait longer with --wait"
+            f"{there} of {clients} clients were there within {patience.wait:g} s, and the quorum is "
+            f"{patience.quorum:g}; start their SuperNodes, or wait longer with --wait"
         )

@@ -5,21 +5,24 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from fslora.clients import Answer, Request
+from fslora.deploy.envelope import Record
 from fslora.deploy.letters import Hello, Mark, Order, Results, Task, opened, payloads_of, sealed
-from fslora.deploy.records import Limits, Record
+from fslora.deploy.patience import Patience
+from fslora.deploy.records import Limits
 from fslora.deploy.roster import Roster
 from fslora.deploy.scores import answered, question, usable
 from fslora.deploy.site import answer_of
 from fslora.errors import TrainingError, WireError
+from fslora.fleet import with_spares
 from fslora.metrics import Scores
 from fslora.prepare import Federation
+from fslora.rng import Rng
 from fslora.rounds import Rounds, Tally, Watcher
 from fslora.runfolder import RunFolder
-from fslora.types import Adapter, Round, ServerState
+from fslora.types import Adapter, Client, Round, ServerState
 
 Kind = Literal["train", "evaluate"]
 """Of letters: a `Task`, or an `Examination`."""
@@ -38,18 +41,6 @@ class Transport(Protocol):
         """Returns the answers that came since: a site's letter, or the reason why there will be none."""
 
 
-@dataclass(frozen=True)
-class Patience:
-    """How long a round waits."""
-
-    deadline: float = 600.0
-    """Seconds."""
-    quorum: float = 0.5
-    """The share of the cohort whose answers are enough once the deadline has passed."""
-    poll: float = 0.2
-    """Seconds between looks."""
-
-
 class Deployed(Rounds):
     """Runs a federation's rounds with clients at sites."""
 
@@ -60,7 +51,7 @@ class Deployed(Rounds):
         watcher: Watcher,
         transport: Transport,
         run: str,
-        patience: Patience | None = None,
+        patience: Patience,
         note: Callable[[str], None] = lambda text: None,
         roster: Roster | None = None,
     ) -> None:
@@ -70,7 +61,7 @@ class Deployed(Rounds):
         """The newest state that was scored at sites, what was known then, and the scores."""
         self.transport = transport
         self.run_name = run
-        self.patience = patience or Patience()
+        self.patience = patience
         self.limits = Limits(nbytes=2**26 + 64 * max(1, self.initial_state().nbytes) * max(1, len(self.trainers)))
         self.known: dict[int, int] = {}
         """Client → the rounds after which an update of its own was last used."""
@@ -91,6 +82,10 @@ class Deployed(Rounds):
             self.federation = self.roster.federation
             self.trainers = self.federation.trainers
             self.folder.write_json("data.json", self.federation.describe())
+
+    def asked(self, cohort: tuple[Client, ...], rng: Rng) -> tuple[Client, ...]:
+        """Returns the cohort with its spares: the round goes on with those who answer first."""
+        return with_spares(self.trainers, cohort, self.patience.spares(len(cohort)), rng.child("spares"))
 
     def keep(self, answer: Answer, rounds: int) -> None:
         """Notes that this client's answer was used: what it keeps is of this round from now on."""
@@ -113,8 +108,8 @@ class Deployed(Rounds):
         letters = {site: self._letter(asked, plan, lr) for site, asked in groups.items()}
         asked = {site: [request.client.id for request in group] for site, group in groups.items()}
         self.transport.send(letters, plan.number)
-        for site, reply in self._replies(set(letters), asked, plan):
-            answers.update(self._read(site, reply, asked[site], plan))
+        for answers_of_site in self._replies(asked, plan):
+            answers.update(answers_of_site)
         for client in sorted(answers):
             yield answers[client]
 
@@ -192,34 +187,42 @@ class Deployed(Rounds):
         task = Task(run=self.run_name, round=plan.number, lr=lr, durable=durable, orders=orders)
         return sealed(task, {request.client.id: request.payload for request in requests})
 
-    def _replies(
-        self, waiting: set[str], asked: Mapping[str, list[int]], plan: Round
-    ) -> Iterator[tuple[str, Record | str]]:
-        """Yields what comes until all have answered, or the deadline has passed and a quorum has.
+    def _replies(self, asked: Mapping[str, list[int]], plan: Round) -> Iterator[dict[int, Answer]]:
+        """Yields each site's answers, until all have answered, or the cohort is full, or the deadline has passed.
+
+        Those who have not answered by then are among them, with the reason.
 
         Raises:
             TrainingError: The deadline has passed without a quorum.
         """
-        patience, began, total = self.patience, time.monotonic(), len(plan.cohort)
-        came = 0
-        while waiting:
+        patience, began, needed = self.patience, time.monotonic(), self._needed(plan)
+        waiting, came = set(asked), 0
+        while waiting and came < needed:
             for site, reply in self.transport.poll():
-                if site in waiting:
+                if site in waiting and came < needed:
                     waiting.discard(site)
-                    came += 0 if isinstance(reply, str) else len(asked[site])
-                    yield site, reply
-            if waiting and time.monotonic() - began > patience.deadline:
-                if came < patience.quorum * total:
-                    raise TrainingError(
-                        f"round {plan.number + 1}: {came} of {total} clients answered within {patience.deadline:g} s, "
-                        f"and the quorum is {patience.quorum:g} (sites still silent: {', '.join(sorted(waiting))}). "
-                        f"The rounds before are in {self.folder.path}; resume it, with a longer --deadline if need be"
-                    )
-                for site in sorted(waiting):
-                    yield site, f"no answer within {patience.deadline:g} s"
-                return
-            if waiting:
+                    answers = self._read(site, reply, asked[site], plan)
+                    came += sum(answer.payload is not None for answer in answers.values())
+                    yield answers
+            if time.monotonic() - began > patience.deadline:
+                break
+            if waiting and came < needed:
                 time.sleep(patience.poll)
+        if waiting and came < patience.quorum * needed:
+            raise TrainingError(
+                f"round {plan.number + 1}: {came} of {len(plan.cohort)} clients answered within {patience.deadline:g} "
+                f"s, and the quorum is {patience.quorum:g} of {needed} (sites still silent: "
+                f"{', '.join(sorted(waiting))}). The rounds before are in {self.folder.path}; resume it, with a longer "
+                "--deadline if need be"
+            )
+        late = f"no answer within {patience.deadline:g} s" if came < needed else f"late: {came} clients were faster"
+        for site in sorted(waiting):
+            yield {client: Answer(client, refused=f"site {site}: {late}") for client in asked[site]}
+
+    def _needed(self, plan: Round) -> int:
+        """Returns the number of answers with which a round is complete."""
+        cohort = self.experiment.fleet.cohort
+        return len(plan.cohort) if cohort == "all" else cohort
 
     def _read(self, site: str, reply: Record | str, asked: list[int], plan: Round) -> dict[int, Answer]:
         """Returns the answers in a site's letter: one for each client that was asked, and for no other."""

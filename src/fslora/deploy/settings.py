@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from fslora import config
 from fslora.config import Experiment
 from fslora.deploy.letters import Name
+from fslora.deploy.patience import Patience
+from fslora.deploy.relay import IDLE
 from fslora.errors import ConfigError
 
 KEY = "settings"
@@ -33,12 +35,7 @@ class RunSettings(_Settings):
     """TOML."""
     folder: str
     """The run folder, on the server's machine."""
-    deadline: Annotated[float, Field(gt=0)] = 600.0
-    """Seconds that a round waits for its answers."""
-    quorum: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """The share of a cohort that is enough once the deadline has passed."""
-    wait: Annotated[float, Field(ge=0)] = 300.0
-    """Seconds that the server waits for all clients to be there before the first round."""
+    patience: Patience = Patience()
 
     def to_config(self) -> dict[str, str]:
         """Returns it as Flower's run configuration."""
@@ -83,6 +80,8 @@ class SiteSettings(_Settings):
     """The rank of its clients, in the place of the one that the experiment gives them; 0: that one."""
     memory: str = ""
     """Or what training may take here, e.g. '2GB': its clients get the largest rank whose estimate fits."""
+    idle: Annotated[float, Field(ge=0, le=604_800)] = IDLE
+    """Seconds for which the base stays loaded after a letter; 0: only for one letter."""
 
     @field_validator("memory")
     @classmethod
@@ -123,7 +122,7 @@ class SiteSettings(_Settings):
 
     def to_node_config(self) -> str:
         """Returns it as ``flower-supernode --node-config`` takes it."""
-        return " ".join(f"{key}={json.dumps(value)}" for key, value in self.model_dump().items() if value)
+        return " ".join(f"{key}={json.dumps(value)}" for key, value in self.model_dump(exclude_defaults=True).items())
 
     def applied(self, experiment: Experiment) -> Experiment:
         """Returns the experiment as it is carried out here."""

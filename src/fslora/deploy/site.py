@@ -21,6 +21,7 @@ import torch
 import fslora
 from fslora.clients import Answer, Clients, Request
 from fslora.clientstore import ClientStore
+from fslora.deploy.envelope import Record
 from fslora.deploy.letters import (
     Examination,
     Hello,
@@ -35,7 +36,7 @@ from fslora.deploy.letters import (
     payloads_of,
     sealed,
 )
-from fslora.deploy.records import Limits, Record
+from fslora.deploy.records import Limits
 from fslora.deploy.scores import mark, model_of, own_model
 from fslora.errors import WireError
 from fslora.methods.baselog import summed
