@@ -229,7 +229,7 @@ REFUSED = {
     ),
     "unknown key, with the known ones": (
         {"engine": {"xyz": 1}},
-        r"engine\.xyz: unknown key .*Known here: chunk, name\.",
+        r"engine\.xyz: unknown key .*Known here: chunk, name, workers\.",
     ),
     "unknown key of a method": (
         {"method": {"sktch": "x"}},

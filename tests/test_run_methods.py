@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fslora import config, runner
+from fslora import config, memory, runner
 from fslora.errors import ArtifactError, ConfigError
 from fslora.evaluation import evaluate_run, export_run
 from fslora.export import import_peft
@@ -183,7 +183,7 @@ def test_a_comparison_is_not_taken_for_a_run(tmp_path):
 def test_a_runs_peak_memory_is_its_own():
     """What a process held before is not charged to the next run."""
     held = torch.ones(2**26)  # 256 MiB
-    before = runner.peak_memory()
+    before = memory.peak_memory()
     del held
-    runner.forget_peak_memory()
-    assert runner.peak_memory() < before - 2**27
+    memory.forget_peak_memory()
+    assert memory.peak_memory() < before - 2**27
