@@ -1,6 +1,6 @@
 """All engine benchmarks with one command: `make bench` on a CPU, `python benchmarks/suite.py --gpu` on one GPU.
 
-    python benchmarks/suite.py [--gpu] [--cases 1,4] [--repeats 5] [--out docs/benchmarks/cpu]
+    python benchmarks/suite.py [--gpu] [--cases 1,4] [--repeats 3] [--out docs/benchmarks/cpu]
 
 Every case is one run of engines.py: peers alternated in one process, median and range, peak memory of fresh processes.
 Cases with real texts need ../shared/data beside the checkout and are left out, by name, without it. Writes OUT.json and
@@ -57,7 +57,7 @@ CPU = [
     Case("MiniLM, bfloat16, batches of one short text", "--batch 1 --tokens 32 --steps 4 --no-memory"),
     Case("MiniLM, bfloat16, phrases of SST-2", text("sst2", 128)),
     Case("MiniLM, bfloat16, news of AG News", text("ag_news", 128)),
-    Case("MiniLM, bfloat16, problems of GSM8K", text("gsm8k", 256)),
+    Case("MiniLM, bfloat16, problems of GSM8K", text("gsm8k", 256) + " --clients 8 --steps 2"),
     Case("Llama-like, 25 M, bfloat16, all linear layers", "--model llama-25m --clients 8 --targets all --no-memory"),
     Case(
         "Llama-like, 125 M, bfloat16, query and value",
@@ -111,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", action="store_true", help="the cases for one GPU, in less than ten minutes")
     parser.add_argument("--cases", default="", help="numbers from 1; all by default")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=0, help="threads of torch; 0 for one per core")
     parser.add_argument("--out", type=Path, help="without an ending [default: docs/benchmarks/cpu or gpu]")
     args = parser.parse_args()
