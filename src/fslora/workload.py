@@ -23,9 +23,9 @@ from fslora.data.batches import (
     TOKENS_PER_BATCH,
     Encoded,
     by_length,
-    common_width,
     length_order,
     local_batches,
+    step_width,
 )
 from fslora.data.partition import Partition, Shares
 from fslora.data.types import Dataset, Examples, Kind
@@ -209,8 +209,7 @@ class Workload:
 
     def _step_width(self, parts: list[np.ndarray]) -> int:
         """Tokens to which a step of these batches is padded, as ``concatenated`` does it."""
-        widths = {int(self.lengths[part].max()) for part in parts}
-        return common_width(max(widths), self.federation.base.positions) if len(widths) > 1 else max(widths)
+        return step_width([int(self.lengths[part].max()) for part in parts], self.federation.base.positions)
 
     def shapes(self, chunk: int) -> tuple[int, int]:
         """Returns how many differently shaped steps and evaluation batches a run has (evaluations, baseline)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -78,6 +78,12 @@ def common_width(longest: int, positions: int) -> int:
     grain = 1 << max(0, (longest // 16).bit_length() - 1)
     width = -(-longest // grain) * grain
     return width if width <= positions - 2 else longest
+
+
+def step_width(widths: Collection[int], positions: int) -> int:
+    """Returns the tokens to which batches of these widths are padded together; those of one width stay as they are."""
+    longest = max(widths)
+    return common_width(longest, positions) if len(set(widths)) > 1 else longest
 
 
 def encode(examples: Examples, tokenizer: Any, max_length: int) -> Encoded:

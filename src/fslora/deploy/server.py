@@ -167,14 +167,21 @@ class Deployed(Rounds):
     def _marks(self, letters: Mapping[str, Record], rounds: int) -> Iterator[tuple[str, Record | str]]:
         """Yields what sites answer until all have, or the deadline has passed: a run does not end for want of these."""
         self.transport.send(letters, rounds, "evaluate")
-        waiting, began = set(letters), time.monotonic()
+        waiting = set(letters)
+        for site, reply in self._arrivals(letters):
+            waiting.discard(site)
+            yield site, reply
+        yield from ((site, f"no answer within {self.patience.deadline:g} s") for site in sorted(waiting))
+
+    def _arrivals(self, sites: Iterable[str]) -> Iterator[tuple[str, Record | str]]:
+        """Yields what these sites answer as it comes, until all have or the deadline has passed."""
+        waiting, began = set(sites), time.monotonic()
         while waiting:
             for site, reply in self.transport.poll():
                 if site in waiting:
                     waiting.discard(site)
                     yield site, reply
-            if waiting and time.monotonic() - began > self.patience.deadline:
-                yield from ((site, f"no answer within {self.patience.deadline:g} s") for site in sorted(waiting))
+            if time.monotonic() - began > self.patience.deadline:
                 return
             if waiting:
                 time.sleep(self.patience.poll)
@@ -195,19 +202,15 @@ class Deployed(Rounds):
         Raises:
             TrainingError: The deadline has passed without a quorum.
         """
-        patience, began, needed = self.patience, time.monotonic(), self._needed(plan)
+        patience, needed = self.patience, self._needed(plan)
         waiting, came = set(asked), 0
-        while waiting and came < needed:
-            for site, reply in self.transport.poll():
-                if site in waiting and came < needed:
-                    waiting.discard(site)
-                    answers = self._read(site, reply, asked[site], plan)
-                    came += sum(answer.payload is not None for answer in answers.values())
-                    yield answers
-            if time.monotonic() - began > patience.deadline:
+        for site, reply in self._arrivals(asked):
+            waiting.discard(site)
+            answers = self._read(site, reply, asked[site], plan)
+            came += sum(answer.payload is not None for answer in answers.values())
+            yield answers
+            if came >= needed:
                 break
-            if waiting and came < needed:
-                time.sleep(patience.poll)
         if waiting and came < patience.quorum * needed:
             raise TrainingError(
                 f"round {plan.number + 1}: {came} of {len(plan.cohort)} clients answered within {patience.deadline:g} "

@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional
 
 from fslora.config import LocalConfig
-from fslora.data.batches import common_width, padding
+from fslora.data.batches import padding, step_width
 from fslora.engine.optim import make_optimizer, narrowed
 from fslora.models.base import Base
 from fslora.models.slots import Change, Dropout, Layout, StackedDense, StackedPair
@@ -310,14 +310,13 @@ def stacked_frozen(starts: Sequence[Start], device: torch.device) -> dict[str, t
 def concatenated(batches: Sequence[Batch], pad_id: int, positions: int) -> Batch:
     """Returns the batches one after the other, texts padded on the right to the longest among them.
 
-    Where there is padding at all, to one of a few widths (``common_width``); a step of equal lengths stays without.
+    Where there is padding at all, to one of a few widths (``step_width``); a step of equal lengths stays without.
     """
     joined = {}
     for name, first in batches[0].items():
         parts = [batch[name] for batch in batches]
         if first.dim() == 2:
-            widths = {part.shape[1] for part in parts}
-            width = common_width(max(widths), positions) if len(widths) > 1 else max(widths)
+            width = step_width([part.shape[1] for part in parts], positions)
             value = padding(name, pad_id)
             parts = [functional.pad(part, (0, width - part.shape[1]), value=value) for part in parts]
         joined[name] = torch.cat(parts)
