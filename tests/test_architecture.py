@@ -18,12 +18,13 @@ ALLOWED = {
     "methods": {"types", "rng", "algebra"},
     "config": {"algebra", "methods"},
     "metrics": set(),
-    "data": {"config", "rng", "types"},
+    "memory": set(),
+    "data": {"config", "memory", "rng", "types"},
     "objectives": {"config", "data", "metrics", "types"},
     "fleet": {"config", "rng", "types"},
     "wire": {"algebra", "config", "rng", "types"},
-    "models": {"config", "objectives", "rng", "types"},
-    "engine": {"config", "data", "rng", "types", "models"},
+    "models": {"config", "memory", "objectives", "rng", "types"},
+    "engine": {"config", "data", "memory", "rng", "types", "models"},
     "report": {"types", "metrics"},
 }
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fslora.config import DataConfig
 from fslora.data import limited, load_dataset
-from fslora.data.batches import common_width
+from fslora.data.batches import step_width
 from fslora.data.chapters import CHAPTER_OF, CHAPTERS, MASK, masked
 from fslora.data.stdlib import read_library
 from fslora.data.text import is_prose, is_sentence, letters, paragraphs, sentences
@@ -377,10 +377,11 @@ def test_columns_of_examples_have_one_length():
 
 @given(st.integers(1, 4096), st.integers(1, 5000))
 def test_a_step_is_padded_to_one_of_few_widths_that_the_model_has_room_for(longest: int, positions: int) -> None:
-    width = common_width(longest, positions)
+    width = step_width([longest, 0], positions)
     assert longest <= width <= max(longest, positions - 2)
     assert width - longest < max(1, longest / 16)
+    assert step_width([longest, longest], positions) == longest
 
 
 def test_widths_between_two_powers_of_two_are_sixteen() -> None:
-    assert len({common_width(longest, 10_000) for longest in range(65, 129)}) == 16
+    assert len({step_width([longest, 1], 10_000) for longest in range(65, 129)}) == 16

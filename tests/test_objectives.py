@@ -224,6 +224,26 @@ def test_no_more_logits_than_a_chunk_are_held(monkeypatch):
     assert peaks[64 * 1024] < whole / 4
 
 
+@pytest.mark.parametrize("count", [1, 300, 999, 1000])
+def test_losses_do_not_depend_on_the_padding_of_a_chunk(monkeypatch, count):
+    monkeypatch.setattr("fslora.models.output.CHUNK", 300 * 64)
+    draw = Rng(0).torch()
+    x, weight, bias = torch.randn(count, 8, generator=draw), torch.randn(64, 8, generator=draw), torch.randn(64)
+    labels, shares = torch.randint(64, (count,), generator=draw), torch.rand(count, generator=draw)
+
+    def losses(loss):
+        leaf = x.clone().requires_grad_()
+        each = loss(leaf)
+        (each * shares).sum().backward()
+        return each.detach(), leaf.grad
+
+    ours = losses(lambda leaf: FrozenCrossEntropy.apply(leaf, weight, bias, labels))
+    plain = losses(
+        lambda leaf: functional.cross_entropy(functional.linear(leaf, weight, bias), labels, reduction="none")
+    )
+    torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "v_proj"), r".*layers\.1\..*_proj"])
 def test_targets(causal_base, targets):
     base = causal_base("qwen2 moe", targets=targets)

@@ -25,11 +25,13 @@ from fslora.models.load import load_base, outline_base
 from fslora.objectives import Classes, Images, Tags, Value
 from fslora.planning import plan
 from fslora.prepare import Workshop
+from fslora.pretrain import PretrainConfig, pretrain
 from fslora.rng import Rng
 from fslora.runfolder import RunFolder
 from fslora.simulate import Simulation
 from fslora.types import Start
 
+ROOT = Path(__file__).resolve().parents[1]
 LABELS = ("no", "yes", "maybe")
 
 
@@ -228,9 +230,9 @@ def test_worker_processes_are_planned_for(tiny_settings):
     assert "2 of them beside this one" in result.output
 
 
-def measured_and_planned(settings: list[str], folder: Path) -> tuple[int, int]:
+def measured_and_planned(settings: list[str], folder: Path, *recipe: str) -> tuple[int, int]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    words = [part for item in settings for part in ("--set", item)]
+    words = [*recipe, *(part for item in settings for part in ("--set", item))]
 
     def fslora(*more: str) -> str:
         command = [sys.executable, "-c", "from fslora.cli import main; main()", *more]
@@ -244,6 +246,16 @@ def measured_and_planned(settings: list[str], folder: Path) -> tuple[int, int]:
 @pytest.mark.slow
 def test_the_memory_of_a_tiny_run(tiny_settings, tmp_path):
     measured, planned = measured_and_planned([*tiny_settings, "run.rounds=1", "variants={}"], tmp_path / "run")
+    assert planned == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.slow
+def test_the_memory_of_steps_of_many_lengths(tmp_path):
+    """The gaps that they leave, and kernels for all of their shapes."""
+    base = tmp_path / "base"
+    pretrain(PretrainConfig(steps=2), base)
+    settings = [f"model.name={base}", "run.rounds=15", "variants={}"]
+    measured, planned = measured_and_planned(settings, tmp_path / "run", str(ROOT / "configs" / "tiny-causal.toml"))
     assert planned == pytest.approx(measured, rel=0.15)
 
 

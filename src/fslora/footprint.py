@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from fslora.config import LocalConfig
 from fslora.engine.cohort import CohortEngine, Stack
 from fslora.engine.optim import make_optimizer
-from fslora.memory import resident
+from fslora.memory import release_memory, resident
 from fslora.models.base import Base
 from fslora.models.slots import Dropout
 from fslora.rng import Rng
@@ -32,8 +32,6 @@ aten = torch.ops.aten
 PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.baddbmm_}
 KEPT_KERNELS = 1024
 """oneDNN keeps so many kernels that it made for shapes; a bfloat16 one takes some 0.6 MB on a CPU with AMX."""
-ALLOCATOR = 0.15
-"""Share of what tensors take that the allocator holds beyond them (freed pieces between others), as with MiniLM."""
 QUANTISED_BYTES = {"4bit": 0.5 + 4 / 64, "8bit": 1.0}
 """Bytes per weight: NF4 keeps one float32 scale for 64 weights; of 8 bits the scales (one per row) do not show."""
 
@@ -136,8 +134,8 @@ class Tracked:
     """What the clients of a chunk train: tensors, gradients, optimizer state; frozen pairs too."""
     activations: int
     """What the step takes beside it at its peak."""
-    products: int
-    """The number of different matrix products."""
+    products: frozenset[object]
+    """The different matrix products: operation and shapes."""
 
 
 def local_step(base: Base, starts: Sequence[Start], batches: Sequence[Batch], local: LocalConfig, p: float) -> Tracked:
@@ -160,7 +158,7 @@ def local_step(base: Base, starts: Sequence[Start], batches: Sequence[Batch], lo
         trained = tracker.live["meta"]
         tracker.forget_peak()
         engine.backward(stack, batches, Dropout(p, Rng(0)) if p else None)
-    return Tracked(trained, sum(tracker.peak.values()) - trained, len(tracker.products))
+    return Tracked(trained, sum(tracker.peak.values()) - trained, frozenset(tracker.products))
 
 
 @torch.no_grad()
@@ -168,7 +166,7 @@ def evaluation_step(base: Base, adapter: Adapter, batch: Batch) -> Tracked:
     """Returns the memory of one batch of an evaluation of an adapter; nothing is trained."""
     with StorageTracker() as tracker, fused_attention(), base.using(adapter):
         base.objective.losses(base, batch)
-    return Tracked(0, sum(tracker.peak.values()), len(tracker.products))
+    return Tracked(0, sum(tracker.peak.values()), frozenset(tracker.products))
 
 
 def kernel_bytes(dtype: str, device: torch.device) -> int:
@@ -179,6 +177,7 @@ def kernel_bytes(dtype: str, device: torch.device) -> int:
     weight, rows = torch.ones(320, 352, dtype=kind), torch.ones(256, 352, dtype=kind)
     for count in (208, 209, 210):
         rows[:count] @ weight.T
+    release_memory()  # room that was freed before would hide what is taken
     before = resident()
     for count in shapes:
         rows[:count] @ weight.T

@@ -26,7 +26,6 @@ from fslora.cost import operations
 from fslora.errors import ConfigError
 from fslora.fleet import Fleet
 from fslora.footprint import (
-    ALLOCATOR,
     KEPT_KERNELS,
     Tracked,
     evaluation_step,
@@ -36,7 +35,7 @@ from fslora.footprint import (
     machine_memory,
     weight_bytes,
 )
-from fslora.memory import resident
+from fslora.memory import Heap, resident
 from fslora.methods.base import initial_adapter
 from fslora.models.base import Base
 from fslora.models.load import Outline, device_of
@@ -335,18 +334,24 @@ def _evaluation_operations(planned: Planned) -> float:
 
 def _memory(planned: Planned) -> Section:
     model, base = planned.experiment.model, planned.base
-    step, evaluation = _tracked(planned), _evaluated(planned)
+    heaviest = planned.work.heaviest(planned.experiment.engine.together)
+    step, evaluation = _tracked(planned, heaviest), _evaluated(planned)
     weights, server = weight_bytes(base, model.quantize), _server_bytes(planned)
     loading = _loading_bytes(planned, weights)
     trains, evaluates = step.trained + step.activations, evaluation.activations
     on_gpu = planned.device.type == "cuda"
     kernels = planned.kernel * _kernels(planned, step, evaluation)
 
+    kept = planned.resident + kernels + (0 if on_gpu else weights)
+
+    def gaps(held: int) -> int:
+        """What freed pieces between others come to, before they are given back."""
+        return min(held, int((Heap.GROWTH - 1) * (kept + held)))
+
     def peak(messages: int, tensors: int) -> int:
         """Of one process with a base, and with these beside it."""
         held = messages + (0 if on_gpu else tensors)
-        working = held + int(ALLOCATOR * held) + kernels + (0 if on_gpu else weights)
-        return planned.resident + max(loading, working)
+        return max(planned.resident + loading, kept + held + gaps(held))
 
     workers = planned.workers
     together = max(trains, evaluates)
@@ -359,7 +364,7 @@ def _memory(planned: Planned) -> Section:
         "trained": step.trained,
         "activations": step.activations,
         "evaluation": evaluates,
-        "libraries": int(ALLOCATOR * (server + (0 if on_gpu else together))) + kernels,
+        "libraries": gaps(server + (0 if on_gpu else together)) + kernels,
         "chunk": min(planned.experiment.engine.together, len(planned.work.cohorts[0])),
         "workers": len(workers),
         "worker": worker,
@@ -379,23 +384,28 @@ def _gpu_peak(workers: Sequence[str], weights: int, trains: int, evaluates: int)
 
 def _kernels(planned: Planned, step: Tracked, evaluation: Tracked) -> int:
     """How many kernels, made for one shape each, the processor's library will come to keep."""
-    steps, batches = planned.work.shapes(planned.experiment.engine.together)
-    return min(KEPT_KERNELS, steps * step.products + batches * evaluation.products)
+    if not planned.kernel:
+        return 0
+    chunk = planned.experiment.engine.together
+    steps, batches = planned.work.shapes(chunk)
+    # Those of a head that reads one position of a text are the same at any width.
+    same = step.products & _tracked(planned, planned.work.lightest(chunk)).products if steps > 1 else frozenset()
+    found = len(same) + steps * len(step.products - same) + batches * len(evaluation.products)
+    return min(KEPT_KERNELS, found)
 
 
 def _evaluated(planned: Planned) -> Tracked:
     batch = planned.work.heaviest_evaluation()
     if batch is None:
-        return Tracked(0, 0, 0)
+        return Tracked(0, 0, frozenset())
     federation = planned.federation
     template = federation.template
     return evaluation_step(planned.base, initial_adapter(template, template.rank, federation.rng), batch)
 
 
-def _tracked(planned: Planned) -> Tracked:
-    """One local step of the largest ranks over the heaviest batches of the run."""
+def _tracked(planned: Planned, parts: Sequence[np.ndarray]) -> Tracked:
+    """One local step of the largest ranks over these examples, by client."""
     experiment, federation = planned.experiment, planned.federation
-    parts = planned.work.heaviest(planned.experiment.engine.together)
     ranks = sorted((client.rank for client in federation.trainers), reverse=True)
     exchanges = [planned.rehearsal.rounds[-1][rank] for rank in ranks[: len(parts)]]
     batches = [federation.train.batch(part) for part in parts]
@@ -583,7 +593,7 @@ def _memory_rows(memory: Section) -> Rows:
         ("what clients train", byte_text(memory["trained"]), f"with gradients and optimizer, {together}"),
         ("activations of a step", byte_text(memory["activations"]), "at its peak"),
         ("a batch of an evaluation", byte_text(memory["evaluation"]), "instead"),
-        ("libraries", byte_text(memory["libraries"]), "kept kernels, and what the allocator does not give back"),
+        ("libraries", byte_text(memory["libraries"]), "kept kernels, and gaps between what is held"),
     ]
     if memory["workers"]:
         rows.append(("a worker process", byte_text(memory["worker"]), f"{memory['workers']} of them beside this one"))

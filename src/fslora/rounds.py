@@ -24,7 +24,7 @@ from fslora.cost import simulated_seconds
 from fslora.errors import TrainingError, WireError
 from fslora.evaluate import mean_over_clients, own_scores, predict_dealt, untrained
 from fslora.fleet import sample_cohort
-from fslora.memory import Heap, keep_freed_memory, peak_memory
+from fslora.memory import keep_freed_memory, peak_memory, release_memory
 from fslora.metrics import Scores
 from fslora.prepare import Federation
 from fslora.rng import Rng
@@ -137,7 +137,6 @@ class Rounds(ABC):
             ArtifactError: The run folder cannot be written or its checkpoint is damaged.
         """
         keep_freed_memory()
-        heap = Heap()
         run = self.experiment.run
         done, state, self.memories = self.folder.load_checkpoint() or (0, self.initial_state(), self.folder.clients(0))
         rows = self.folder.rewind(done)
@@ -153,9 +152,7 @@ class Rounds(ABC):
             last = number + 1 == run.rounds or self.spent(totals) >= 1
             if last or (number + 1) % run.eval_every == 0:
                 row.update(**self._evaluation(state), **self._spectrum(state))
-                heap.release()
-            else:
-                heap.settle()
+                release_memory()
             self._record(row)
             if last or (number + 1) % run.checkpoint_every == 0:
                 self.folder.save_checkpoint(number + 1, state)

@@ -199,8 +199,14 @@ class Workload:
 
     def heaviest(self, chunk: int) -> list[np.ndarray]:
         """Returns the examples, by client, of the local step that takes most memory in any chunk of any round."""
-        steps = (parts for turns in self.turns for parts in _steps(turns, chunk))
-        return max(steps, key=self._weight)
+        return max(self._steps(chunk), key=self._weight)
+
+    def lightest(self, chunk: int) -> list[np.ndarray]:
+        """Returns those of the step that takes least."""
+        return min(self._steps(chunk), key=self._weight)
+
+    def _steps(self, chunk: int) -> Iterator[list[np.ndarray]]:
+        return (parts for turns in self.turns for parts in _steps(turns, chunk))
 
     def _weight(self, parts: list[np.ndarray]) -> float:
         base = self.federation.base
@@ -213,8 +219,7 @@ class Workload:
 
     def shapes(self, chunk: int) -> tuple[int, int]:
         """Returns how many differently shaped steps and evaluation batches a run has (evaluations, baseline)."""
-        steps = (parts for turns in self.turns for parts in _steps(turns, chunk))
-        different = {(sum(map(len, p)), len(p), self._step_width(p)) for p in steps}
+        different = {(sum(map(len, p)), len(p), self._step_width(p)) for p in self._steps(chunk)}
         federation = self.federation
         splits = [federation.validation.lengths, federation.test.lengths]
         if federation.sites.dataset.kind == "classes":

@@ -12,6 +12,7 @@ import torch
 
 from fslora.data.tokens import tokenised
 from fslora.data.types import Examples
+from fslora.memory import common_size
 from fslora.rng import Rng
 from fslora.types import Batch, Tensor
 
@@ -69,21 +70,13 @@ def padding(name: str, pad_id: int) -> int:
     return {"input_ids": pad_id, "token_labels": IGNORED}.get(name, 0)
 
 
-def common_width(longest: int, positions: int) -> int:
-    """Returns ``longest`` tokens rounded up to one of 16 widths per octave, 3 % more in the mean.
-
-    Tensors then come in fewer sizes: freed ones fit again, and the processor's library keeps fewer kernels. Where the
-    model has no room for that (two of its ``positions`` may be reserved, as RoBERTa's are), it is ``longest`` itself.
-    """
-    grain = 1 << max(0, (longest // 16).bit_length() - 1)
-    width = -(-longest // grain) * grain
-    return width if width <= positions - 2 else longest
-
-
 def step_width(widths: Collection[int], positions: int) -> int:
-    """Returns the tokens to which batches of these widths are padded together; those of one width stay as they are."""
+    """Returns the tokens to which batches of these widths are padded together; those of one width stay as they are.
+
+    The longest's, rounded up where a model of so many ``positions`` has room: two may be reserved, as RoBERTa's are.
+    """
     longest = max(widths)
-    return common_width(longest, positions) if len(set(widths)) > 1 else longest
+    return common_size(longest, positions - 2) if len(set(widths)) > 1 else longest
 
 
 def encode(examples: Examples, tokenizer: Any, max_length: int) -> Encoded:

@@ -20,6 +20,7 @@ from torch.nn import functional
 from fslora.config import LocalConfig
 from fslora.data.batches import padding, step_width
 from fslora.engine.optim import make_optimizer, narrowed
+from fslora.memory import Heap
 from fslora.models.base import Base
 from fslora.models.slots import Change, Dropout, Layout, StackedDense, StackedPair
 from fslora.types import Adapter, Batch, LocalProblem, Start, Tensor, Trained
@@ -33,6 +34,7 @@ class CohortEngine:
         self.local = local
         self.dropout = dropout
         self.chunk = chunk
+        self._heap = Heap()
 
     def train(self, problems: Iterable[LocalProblem], lr: float) -> Iterator[Trained]:
         """Yields each problem's result, in order; no more than one chunk of problems is held at a time."""
@@ -58,6 +60,7 @@ class CohortEngine:
             losses.append(self.backward(stack, batches, dropout))
             assert optimizer is not None
             optimizer.step()
+            self._heap.settle()
         columns = [loss.tolist() for loss in losses]
         results = {
             order[c]: Trained(

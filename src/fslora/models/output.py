@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from fslora.memory import common_size
 from fslora.models.slots import Slot
 from fslora.types import Tensor
 
@@ -57,7 +58,11 @@ class Noted:
 
 
 class FrozenCrossEntropy(torch.autograd.Function):
-    """The cross-entropy of x Wᵀ + b, a chunk of positions at a time; W and b have no gradients."""
+    """The cross-entropy of x Wᵀ + b, a chunk of positions at a time; W and b have no gradients.
+
+    A chunk is padded to one of few numbers of rows: the processor's library keeps a kernel for every shape that it has
+    met, and hardly two steps predict equally many tokens.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
@@ -65,15 +70,18 @@ class FrozenCrossEntropy(torch.autograd.Function):
         losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
         wants_x = ctx.needs_input_grad[0]
         gradient = torch.empty_like(x) if wants_x else None
-        for start in range(0, len(x), max(1, CHUNK // len(weight))):
-            rows = slice(start, start + max(1, CHUNK // len(weight)))
-            logits, wanted = functional.linear(x[rows], weight, bias).float(), labels[rows].unsqueeze(1)
+        most = max(1, CHUNK // len(weight))
+        for start in range(0, len(x), most):
+            rows = slice(start, min(start + most, len(x)))
+            count, room = rows.stop - start, common_size(rows.stop - start, most)
+            wanted = functional.pad(labels[rows], (0, room - count)).unsqueeze(1)
+            logits = functional.linear(functional.pad(x[rows], (0, 0, 0, room - count)), weight, bias).float()
             total = logits.logsumexp(1, keepdim=True)
-            losses[rows] = (total - logits.gather(1, wanted)).squeeze(1)
+            losses[rows] = (total - logits.gather(1, wanted))[:count, 0]
             if gradient is not None:
                 share = logits.sub_(total).exp_()
-                share.scatter_add_(1, wanted, share.new_full((len(share), 1), -1.0))
-                gradient[rows] = share.to(x.dtype) @ weight
+                share.scatter_add_(1, wanted, share.new_full((room, 1), -1.0))
+                gradient[rows] = (share.to(x.dtype) @ weight)[:count]
         ctx.save_for_backward(gradient)
         return losses
 
