@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from conftest import ARCHITECTURES, LABELS, WORDS
 from fslora.algebra.adapters import combine
 from fslora.config import AdapterConfig, LocalConfig, ModelConfig
 from fslora.data.batches import encode
 from fslora.data.types import Examples
-from fslora.engine.cohort import CohortEngine
+from fslora.engine.cohort import PASS_TOKENS, CohortEngine, passes
 from fslora.engine.sequential import SequentialEngine
 from fslora.models.load import load_base
 from fslora.models.slots import Dropout
@@ -20,7 +22,36 @@ from fslora.types import Adapter, LocalProblem, LoRA, Start, Trained
 
 # Two orders of summation in float32 over a few steps; AdamW divides by small second moments.
 TOLERANCE = 2e-5
+ONE_PASS, ONE_CLIENT_EACH = 10_000, 1
 RANKS, SIZES, STEPS = (2, 8, 5, 1), (4, 1, 3, 4), (3, 2, 3, 1)
+
+
+@pytest.fixture(autouse=True, params=[ONE_PASS, 40, ONE_CLIENT_EACH])
+def pass_tokens(request, monkeypatch) -> int:
+    """Whether the clients of a step go through the model together, some of them, or each by itself."""
+    monkeypatch.setitem(PASS_TOKENS, "cpu", request.param)
+    return request.param
+
+
+@given(
+    widths=st.lists(st.integers(1, 300), min_size=1, max_size=40),
+    size=st.integers(1, 16),
+    most=st.none() | st.integers(1, 5000),
+)
+def test_passes_take_every_client_once_and_those_of_one_length_together(widths, size, most):
+    sizes = [size] * len(widths)
+    found = passes(sizes, widths, most)
+    assert sorted(c for members in found for c in members) == list(range(len(widths)))
+    assert all(members == sorted(members) for members in found)
+    longest = [max(widths[c] for c in members) for members in found]
+    shortest = [min(widths[c] for c in members) for members in found]
+    assert all(above >= below for above, below in zip(shortest[1:], longest, strict=False))
+    assert len({len(members) for members in found[:-1]}) <= 1
+    tokens = size * sum(widths)
+    if most is None or 2 * tokens <= 3 * most:
+        assert len(found) == 1
+    else:
+        assert len(found) == len(widths) or tokens / len(found) <= 2 * 1.5 * most
 
 
 def random_adapter(base, rank: int, rng: Rng, scale: float = 0.7) -> Adapter:

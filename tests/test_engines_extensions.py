@@ -22,7 +22,15 @@ from fslora.engine.sequential import SequentialEngine
 from fslora.models.slots import SinglePair
 from fslora.rng import Rng
 from fslora.types import Adapter, Batch, LocalProblem, LoRA, Start, Tensor, Trained
-from test_engines import SIZES, STEPS, TOLERANCE, assert_same, problems, random_adapter
+from test_engines import (
+    SIZES,
+    STEPS,
+    TOLERANCE,
+    assert_same,
+    pass_tokens,  # noqa: F401  (a fixture)
+    problems,
+    random_adapter,
+)
 
 EQUAL = (4, 4, 4, 4)
 """Batch sizes that take the fused path through an adapted layer; SIZES takes the other one."""

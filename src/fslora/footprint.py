@@ -138,7 +138,9 @@ class Tracked:
     """The different matrix products: operation and shapes."""
 
 
-def local_step(base: Base, starts: Sequence[Start], batches: Sequence[Batch], local: LocalConfig, p: float) -> Tracked:
+def local_step(
+    base: Base, starts: Sequence[Start], batches: Sequence[Batch], local: LocalConfig, p: float, device: str = "cpu"
+) -> Tracked:
     """Returns the memory of one local step that these clients take together.
 
     Args:
@@ -147,8 +149,9 @@ def local_step(base: Base, starts: Sequence[Start], batches: Sequence[Batch], lo
         batches: One per client.
         local: The optimizer and the clipping.
         p: Dropout.
+        device: The type of device that the base stands for.
     """
-    engine = CohortEngine(base, local, p, len(starts))
+    engine = CohortEngine(base, local, p, len(starts), device)
     with StorageTracker() as tracker, fused_attention():
         stack = Stack(starts, base.device)
         stack.activate(len(starts))

@@ -334,8 +334,8 @@ def _evaluation_operations(planned: Planned) -> float:
 
 def _memory(planned: Planned) -> Section:
     model, base = planned.experiment.model, planned.base
-    heaviest = planned.work.heaviest(planned.experiment.engine.together)
-    step, evaluation = _tracked(planned, heaviest), _evaluated(planned)
+    step = _tracked(planned, planned.work.heaviest(planned.experiment.engine.together))
+    evaluation = _evaluated(planned)
     weights, server = weight_bytes(base, model.quantize), _server_bytes(planned)
     loading = _loading_bytes(planned, weights)
     trains, evaluates = step.trained + step.activations, evaluation.activations
@@ -386,12 +386,12 @@ def _kernels(planned: Planned, step: Tracked, evaluation: Tracked) -> int:
     """How many kernels, made for one shape each, the processor's library will come to keep."""
     if not planned.kernel:
         return 0
-    chunk = planned.experiment.engine.together
-    steps, batches = planned.work.shapes(chunk)
+    work, chunk = planned.work, planned.experiment.engine.together
+    passes, batches = work.shapes(chunk)
     # Those of a head that reads one position of a text are the same at any width.
-    same = step.products & _tracked(planned, planned.work.lightest(chunk)).products if steps > 1 else frozenset()
-    found = len(same) + steps * len(step.products - same) + batches * len(evaluation.products)
-    return min(KEPT_KERNELS, found)
+    same = step.products & _tracked(planned, work.lightest(chunk)).products if len(passes) > 1 else frozenset()
+    each = len(step.products - same) / len(set(work.passes(work.heaviest(chunk))))
+    return min(KEPT_KERNELS, len(same) + round(len(passes) * each) + batches * len(evaluation.products))
 
 
 def _evaluated(planned: Planned) -> Tracked:
@@ -409,7 +409,8 @@ def _tracked(planned: Planned, parts: Sequence[np.ndarray]) -> Tracked:
     ranks = sorted((client.rank for client in federation.trainers), reverse=True)
     exchanges = [planned.rehearsal.rounds[-1][rank] for rank in ranks[: len(parts)]]
     batches = [federation.train.batch(part) for part in parts]
-    return local_step(planned.base, [e.start for e in exchanges], batches, experiment.local, experiment.adapter.dropout)
+    starts, p = [exchange.start for exchange in exchanges], experiment.adapter.dropout
+    return local_step(planned.base, starts, batches, experiment.local, p, planned.device.type)
 
 
 def _server_bytes(planned: Planned) -> int:

@@ -29,9 +29,10 @@ from fslora.data.batches import (
 )
 from fslora.data.partition import Partition, Shares
 from fslora.data.types import Dataset, Examples, Kind
+from fslora.engine.cohort import PASS_TOKENS, passes
 from fslora.fleet import build_fleet, sample_cohort
 from fslora.models.base import Base
-from fslora.models.load import Outline, outline_base
+from fslora.models.load import Outline, device_of, outline_base
 from fslora.objectives import metric_of, objective_of
 from fslora.objectives.causal import LOGITS_PER_BATCH
 from fslora.prepare import Federation, Here, Sites, prepare_sites
@@ -209,23 +210,41 @@ class Workload:
         return (parts for turns in self.turns for parts in _steps(turns, chunk))
 
     def _weight(self, parts: list[np.ndarray]) -> float:
+        """About how many numbers the largest pass of a step leaves behind."""
         base = self.federation.base
-        positions = sum(map(len, parts)) * self._step_width(parts)
-        return positions * _width(base) + sum(int(self.predicted[part].sum()) for part in parts) * _logits(base)
+        written = [int(self.predicted[part].sum()) for part in parts]
+        return max(
+            rows * width * _width(base) + sum(written[c] for c in members) * _logits(base)
+            for (rows, _, width), members in zip(self.passes(parts), self._members(parts), strict=True)
+        )
 
-    def _step_width(self, parts: list[np.ndarray]) -> int:
-        """Tokens to which a step of these batches is padded, as ``concatenated`` does it."""
-        return step_width([int(self.lengths[part].max()) for part in parts], self.federation.base.positions)
+    def _members(self, parts: Sequence[np.ndarray]) -> list[list[int]]:
+        device = device_of(self.federation.experiment.model).type
+        return passes([len(part) for part in parts], [self._longest(part) for part in parts], PASS_TOKENS.get(device))
 
-    def shapes(self, chunk: int) -> tuple[int, int]:
-        """Returns how many differently shaped steps and evaluation batches a run has (evaluations, baseline)."""
-        different = {(sum(map(len, p)), len(p), self._step_width(p)) for p in self._steps(chunk)}
+    def _longest(self, part: np.ndarray) -> int:
+        return int(self.lengths[part].max())
+
+    def passes(self, parts: Sequence[np.ndarray]) -> list[tuple[int, int, int]]:
+        """Returns the examples, the clients and the padded width of each pass that the engine makes of a step."""
+        positions = self.federation.base.positions
+        return [
+            (sum(len(parts[c]) for c in own), len(own), step_width([self._longest(parts[c]) for c in own], positions))
+            for own in self._members(parts)
+        ]
+
+    def shapes(self, chunk: int) -> tuple[set[tuple[int, int, int]], int]:
+        """Returns the different passes of a run's steps, and the number of its differently shaped evaluation batches.
+
+        The baseline's are among the latter.
+        """
+        different = {shape for parts in self._steps(chunk) for shape in self.passes(parts)}
         federation = self.federation
         splits = [federation.validation.lengths, federation.test.lengths]
         if federation.sites.dataset.kind == "classes":
             splits.append(self.lengths[:MOST_TRAINING_EXAMPLES])
         batches = {(len(i), int(lengths[i].max())) for lengths in splits if len(lengths) for i in by_length(lengths)}
-        return len(different), len(batches)
+        return different, len(batches)
 
     def heaviest_evaluation(self) -> Batch | None:
         """Returns the batch of an evaluation that takes most memory; None where nothing is held out."""

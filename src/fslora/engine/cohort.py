@@ -5,13 +5,16 @@ the heads are batched products over the clients (`fslora.models.slots`). One bac
 clients' mean losses gives each client exactly its own gradient. All that the clients train lies in one buffer, at
 each client's own rank: casting, clipping and the optimizer step cost what is trained, not what the largest rank takes.
 
-Memory is one base, the chunk's adapters with their optimizer state, and the activations of one step.
+A step of many tokens goes through the model in several passes, clients with texts of similar length together: less
+padding, and activations that stay in a processor's cache. A client is never split.
+
+Memory is one base, the chunk's adapters with their optimizer state, and the activations of one pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, islice
 
 import torch
@@ -25,15 +28,27 @@ from fslora.models.base import Base
 from fslora.models.slots import Change, Dropout, Layout, StackedDense, StackedPair
 from fslora.types import Adapter, Batch, LocalProblem, Start, Tensor, Trained
 
+PASS_TOKENS = {"cpu": 2048}
+"""Tokens that go through the model at once, about: measured with three models (docs/performance.md). Others: all."""
+
 
 class CohortEngine:
-    """Trains clients together, ``chunk`` at a time."""
+    """Trains clients together, ``chunk`` at a time.
 
-    def __init__(self, base: Base, local: LocalConfig, dropout: float, chunk: int) -> None:
+    Args:
+        base: What they adapt.
+        local: The optimizer and the clipping.
+        dropout: Of the adapters' inputs.
+        chunk: How many clients take a step together.
+        device: The type of device that passes are made for: the base's, or that which a meta base stands for.
+    """
+
+    def __init__(self, base: Base, local: LocalConfig, dropout: float, chunk: int, device: str | None = None) -> None:
         self.base = base
         self.local = local
         self.dropout = dropout
         self.chunk = chunk
+        self._tokens = PASS_TOKENS.get(device or base.device.type)
         self._heap = Heap()
 
     def train(self, problems: Iterable[LocalProblem], lr: float) -> Iterator[Trained]:
@@ -78,9 +93,27 @@ class CohortEngine:
 
         Reads no value of a tensor, so that it also runs on the meta device, where there are none.
         """
-        layout = Layout([len(batch["labels"]) for batch in batches], self.base.device)
+        sizes = [len(batch["labels"]) for batch in batches]
+        means = torch.empty(len(batches), device=self.base.device)
+        for number, members in enumerate(passes(sizes, list(map(tokens_of, batches)), self._tokens)):
+            own = Dropout(dropout.p, dropout.rng.child("pass", number)) if dropout and number else dropout
+            layout = Layout([sizes[c] for c in members], self.base.device)
+            pairs, heads = stack.changes(self.base, Place(number, members), layout, own)
+            means[members] = self._pass([batches[c] for c in members], stack, layout, pairs, heads)
+        stack.add_penalties()
+        stack.measure()
+        stack.clip(self.local.clip_norm)
+        return means
+
+    def _pass(
+        self,
+        batches: Sequence[Batch],
+        stack: Stack,
+        layout: Layout,
+        pairs: Mapping[str, Change],
+        heads: Mapping[str, Change],
+    ) -> Tensor:
         batch = concatenated(batches, self.base.pad_id, self.base.positions)
-        pairs, heads = stack.changes(self.base, layout, dropout)
         # Attached until the gradients are there: with gradient checkpointing the backward pass computes layers again.
         with self.base.attached(pairs, heads):
             each, example = self.base.objective.losses(self.base, batch)
@@ -88,10 +121,40 @@ class CohortEngine:
             sizes = owner.new_zeros(layout.clients).index_add(0, owner, torch.ones_like(owner)).clamp(min=1)
             means = each.new_zeros(layout.clients).index_add(0, owner, each) / sizes
             stack.backward(means.sum())
-        stack.add_penalties()
-        stack.measure()
-        stack.clip(self.local.clip_norm)
         return means.detach()
+
+
+def tokens_of(batch: Batch) -> int:
+    """Returns to how many positions an example of a batch is padded."""
+    return max((tensor.shape[1] for tensor in batch.values() if tensor.dim() == 2), default=1)
+
+
+def passes(sizes: Sequence[int], widths: Sequence[int], most: int | None) -> list[list[int]]:
+    """Returns which clients of a step go through the model together, each time in order of their places.
+
+    The passes are halves of halves of the clients sorted by width, so that steps come in few shapes; each takes about
+    ``most`` tokens, between 0.75 and 1.5 times as many where clients allow it.
+
+    Args:
+        sizes: Examples, by client.
+        widths: Tokens that each of its examples is padded to, by client.
+        most: None for one pass.
+    """
+    count, tokens = 1, sum(size * width for size, width in zip(sizes, widths, strict=True))
+    while most and 2 * tokens > 3 * most * count and count < len(sizes):
+        count *= 2
+    order = sorted(range(len(sizes)), key=lambda c: widths[c])
+    each = -(-len(sizes) // count)
+    return [sorted(order[first : first + each]) for first in range(0, len(order), each)]
+
+
+@dataclass(frozen=True)
+class Place:
+    """One of a step's passes."""
+
+    number: int
+    members: Sequence[int]
+    """Places of its clients in the stack, ascending."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +184,23 @@ class Block:
         return {
             name: part.view(len(rows), *shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
         }
+
+
+@dataclass(frozen=True)
+class Run:
+    """Members of a pass that are neighbours in one block."""
+
+    block: int
+    """Its number."""
+    first: int
+    """The first one's place within the block."""
+    clients: int
+    place: int
+    """The first one's place in the pass."""
+
+    def within(self, view: Tensor) -> Tensor:
+        """Returns its part of a block's tensor [p *shape]."""
+        return view[self.first : self.first + self.clients]
 
 
 class Stack:
@@ -174,24 +254,28 @@ class Stack:
         self.flat_leaf.grad = self.gradient
         self._values = [block.views(block.rows(self._flat, n)) for block, n in self._active]
         self._gradients = [block.views(block.rows(self._flat_gradient, n)) for block, n in self._active]
-        self._padded: dict[str, Tensor] = {}
+        self._padded: dict[int, tuple[Sequence[int], dict[str, Tensor]]] = {}
+        """By number of the pass: whose values lie side by side there."""
 
     def changes(
-        self, base: Base, layout: Layout, dropout: Dropout | None
+        self, base: Base, place: Place, layout: Layout, dropout: Dropout | None
     ) -> tuple[dict[str, Change], dict[str, Change]]:
-        """Returns what the slots of the base apply for the active clients: pairs by layer, heads by layer.
+        """Returns what the slots of the base apply for the clients of a pass: pairs by layer, heads by layer.
 
         It is rounded to the base's type once, here: gradients then come in that type, and are widened as they are
         copied into the buffer.
         """
-        n, dtype = layout.clients, base.dtype
-        self._leaves = {name: tensor.requires_grad_() for name, tensor in self._side_by_side(dtype).items()}
-        tensors = {**self._leaves, **{name: tensor[:n].to(dtype) for name, tensor in self._resting.items()}}
-        frozen = {name: (A[:n], Bt[:n]) for name, (A, Bt) in self._frozen.items()}
-        pairs: dict[str, Change] = {
-            name: StackedPair(tensors[f"{name}:A"], tensors[f"{name}:Bt"], scale[:n], layout, dropout, frozen.get(name))
-            for name, scale in self._scales.items()
-        }
+        dtype, members = base.dtype, list(place.members)
+        self._runs = self._runs_of(members)
+        self._leaves = {name: tensor.requires_grad_() for name, tensor in self._side_by_side(place, dtype).items()}
+        which = slice(members[0], members[-1] + 1) if members[-1] - members[0] < len(members) else members
+        tensors = {**self._leaves, **{name: tensor[which].to(dtype) for name, tensor in self._resting.items()}}
+        frozen = {name: (A[which], Bt[which]) for name, (A, Bt) in self._frozen.items()}
+        pairs: dict[str, Change] = {}
+        for name, scale in self._scales.items():
+            A, Bt = tensors[f"{name}:A"], tensors[f"{name}:Bt"]
+            rank = min(A.shape[1], Bt.shape[1])  # a factor at rest is as wide as the stack's largest rank
+            pairs[name] = StackedPair(A[:, :rank], Bt[:, :rank], scale[which], layout, dropout, frozen.get(name))
         dense = {name.removesuffix(":dense"): leaf for name, leaf in tensors.items() if name.endswith(":dense")}
         heads: dict[str, Change] = {
             path: StackedDense(weight, bias, layout) for path, (weight, bias) in base.head_tensors(dense).items()
@@ -212,17 +296,18 @@ class Stack:
                     view.add_(gradient)
 
     def backward(self, loss: Tensor) -> None:
-        """Writes the gradients of ``loss`` into the buffer; zero for what the model never used."""
+        """Writes the gradients of a pass's ``loss`` into the buffer; zero for what the model never used."""
         leaves = list(self._leaves.values())
         gradients: tuple[Tensor | None, ...] = torch.autograd.grad(loss, leaves, allow_unused=True)
         targets, sources = [], []
-        for (block, n), views in zip(self._active, self._gradients, strict=True):
-            for target, gradient in zip(views.values(), gradients, strict=True):
+        for run in self._runs:
+            for view, gradient in zip(self._gradients[run.block].values(), gradients, strict=True):
+                target = run.within(view)
                 if gradient is None:
                     target.zero_()
                 else:
                     targets.append(target)
-                    sources.append(filled(gradient[block.first : block.first + n], target.shape))
+                    sources.append(filled(gradient[run.place : run.place + run.clients], target.shape))
         torch._foreach_copy_(targets, sources)
 
     def measure(self) -> None:
@@ -273,20 +358,36 @@ class Stack:
         block = next(block for block in self._blocks if c < block.first + block.clients)
         return {name: view[0] for name, view in block.views(block.rows(flat)[c - block.first :][:1]).items()}
 
-    def _side_by_side(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Returns what the active clients train [n *shape], zero beyond a client's own rank; of one shape, views."""
-        if len(self._active) == 1 and dtype == self._flat.dtype:
-            return {name: view.detach() for name, view in self._values[0].items()}
-        if not self._padded:
-            shapes = {name: (self.clients, *self._widest[name][1:]) for name in self._trained}
-            self._padded = {name: self._flat.new_zeros(shape, dtype=dtype) for name, shape in shapes.items()}
+    def _runs_of(self, members: Sequence[int]) -> list[Run]:
+        """Members that are neighbours in one block."""
+        runs: list[Run] = []
+        for place, c in enumerate(members):
+            number = next(i for i, (block, n) in enumerate(self._active) if c < block.first + n)
+            first, last = c - self._active[number][0].first, runs[-1] if runs else None
+            if last and last.block == number and last.first + last.clients == first:
+                runs[-1] = replace(last, clients=last.clients + 1)
+            else:
+                runs.append(Run(number, first, 1, place))
+        return runs
+
+    def _side_by_side(self, place: Place, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Returns what a pass's clients train [n *shape], zero beyond a client's own rank; of one shape, views."""
+        own = [{name: run.within(view) for name, view in self._values[run.block].items()} for run in self._runs]
+        if len(own) == 1 and dtype == self._flat.dtype:
+            return {name: view.detach() for name, view in own[0].items()}
+        if self._padded.get(place.number, (None, {}))[0] != place.members:
+            largest = {name: map(max, zip(*(views[name].shape[1:] for views in own), strict=True)) for name in own[0]}
+            shapes = {name: (len(place.members), *shape) for name, shape in largest.items()}
+            zeros = {name: self._flat.new_zeros(shape, dtype=dtype) for name, shape in shapes.items()}
+            self._padded[place.number] = place.members, zeros
+        padded = self._padded[place.number][1]
         targets = [
-            filled(self._padded[name][block.first : block.first + n], view.shape)
-            for (block, n), views in zip(self._active, self._values, strict=True)
+            filled(padded[name][run.place : run.place + run.clients], view.shape)
+            for run, views in zip(self._runs, own, strict=True)
             for name, view in views.items()
         ]
-        torch._foreach_copy_(targets, [view for views in self._values for view in views.values()])
-        return {name: tensor.detach() for name, tensor in self._padded.items()}
+        torch._foreach_copy_(targets, [view for views in own for view in views.values()])
+        return {name: tensor.detach() for name, tensor in padded.items()}
 
 
 def filled(padded: Tensor, shape: Sequence[int]) -> Tensor:
