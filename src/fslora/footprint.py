@@ -24,7 +24,7 @@ from fslora.engine.cohort import CohortEngine, Stack
 from fslora.engine.optim import make_optimizer
 from fslora.memory import release_memory, resident
 from fslora.models.base import Base
-from fslora.models.slots import Dropout
+from fslora.models.slots import Dropout, Layout
 from fslora.rng import Rng
 from fslora.types import Adapter, Batch, Start
 
@@ -42,7 +42,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.products: set[object] = set()
-        """The different matrix products: operation and shapes."""
+        """The different matrix products of a pass: operation and shapes."""
         self.live: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
         """By type of device: 'meta' stands for the base's own."""
@@ -135,13 +135,13 @@ class Tracked:
     activations: int
     """What the step takes beside it at its peak."""
     products: frozenset[object]
-    """The different matrix products: operation and shapes."""
+    """The different matrix products of a pass: operation and shapes."""
 
 
 def local_step(
     base: Base, starts: Sequence[Start], batches: Sequence[Batch], local: LocalConfig, p: float, device: str = "cpu"
 ) -> Tracked:
-    """Returns the memory of one local step that these clients take together.
+    """Returns the memory of one local step that these clients take together, in its largest pass.
 
     Args:
         base: A base without weights.
@@ -160,7 +160,12 @@ def local_step(
         optimizer.step()  # its state is there from the first step on; a fused step takes nothing beside it
         trained = tracker.live["meta"]
         tracker.forget_peak()
-        engine.backward(stack, batches, Dropout(p, Rng(0)) if p else None)
+        places = engine.places(batches)
+        for place in places:  # what lies side by side stays there
+            stack.changes(base, place, Layout([len(batches[c]["labels"]) for c in place.members], base.device), None)
+        engine.one_pass(
+            stack, max(places, key=lambda place: place.tokens(batches)), batches, Dropout(p, Rng(0)) if p else None
+        )
     return Tracked(trained, sum(tracker.peak.values()) - trained, frozenset(tracker.products))
 
 

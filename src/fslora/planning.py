@@ -390,8 +390,8 @@ def _kernels(planned: Planned, step: Tracked, evaluation: Tracked) -> int:
     passes, batches = work.shapes(chunk)
     # Those of a head that reads one position of a text are the same at any width.
     same = step.products & _tracked(planned, work.lightest(chunk)).products if len(passes) > 1 else frozenset()
-    each = len(step.products - same) / len(set(work.passes(work.heaviest(chunk))))
-    return min(KEPT_KERNELS, len(same) + round(len(passes) * each) + batches * len(evaluation.products))
+    different = len(passes) * len(step.products - same) + batches * len(evaluation.products)
+    return min(KEPT_KERNELS, len(same) + different)
 
 
 def _evaluated(planned: Planned) -> Tracked:

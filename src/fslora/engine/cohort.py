@@ -89,31 +89,32 @@ class CohortEngine:
         return [results[c] for c in range(len(problems))]
 
     def backward(self, stack: Stack, batches: Sequence[Batch], dropout: Dropout | None) -> Tensor:
-        """Leaves the active clients' clipped gradients in the stack, and returns their mean losses [c].
-
-        Reads no value of a tensor, so that it also runs on the meta device, where there are none.
-        """
-        sizes = [len(batch["labels"]) for batch in batches]
+        """Leaves the active clients' clipped gradients in the stack, and returns their mean losses [c]."""
         means = torch.empty(len(batches), device=self.base.device)
-        for number, members in enumerate(passes(sizes, list(map(tokens_of, batches)), self._tokens)):
-            own = Dropout(dropout.p, dropout.rng.child("pass", number)) if dropout and number else dropout
-            layout = Layout([sizes[c] for c in members], self.base.device)
-            pairs, heads = stack.changes(self.base, Place(number, members), layout, own)
-            means[members] = self._pass([batches[c] for c in members], stack, layout, pairs, heads)
+        for place in self.places(batches):
+            means[place.members] = self.one_pass(stack, place, batches, dropout)
         stack.add_penalties()
         stack.measure()
         stack.clip(self.local.clip_norm)
         return means
 
-    def _pass(
-        self,
-        batches: Sequence[Batch],
-        stack: Stack,
-        layout: Layout,
-        pairs: Mapping[str, Change],
-        heads: Mapping[str, Change],
-    ) -> Tensor:
-        batch = concatenated(batches, self.base.pad_id, self.base.positions)
+    def places(self, batches: Sequence[Batch]) -> list[Place]:
+        """Returns the passes of a step."""
+        sizes = [len(batch["labels"]) for batch in batches]
+        found = passes(sizes, [tokens_of(batch) for batch in batches], self._tokens)
+        return [Place(number, members) for number, members in enumerate(found)]
+
+    def one_pass(self, stack: Stack, place: Place, batches: Sequence[Batch], dropout: Dropout | None) -> Tensor:
+        """Leaves the gradients of a pass's clients in the stack, and returns their mean losses [m].
+
+        Reads no value of a tensor, so that it also runs on the meta device, where there are none.
+        """
+        if dropout and place.number:
+            dropout = Dropout(dropout.p, dropout.rng.child("pass", place.number))
+        own = [batches[c] for c in place.members]
+        layout = Layout([len(batch["labels"]) for batch in own], self.base.device)
+        batch = concatenated(own, self.base.pad_id, self.base.positions)
+        pairs, heads = stack.changes(self.base, place, layout, dropout)
         # Attached until the gradients are there: with gradient checkpointing the backward pass computes layers again.
         with self.base.attached(pairs, heads):
             each, example = self.base.objective.losses(self.base, batch)
@@ -153,8 +154,13 @@ class Place:
     """One of a step's passes."""
 
     number: int
-    members: Sequence[int]
+    members: list[int]
     """Places of its clients in the stack, ascending."""
+
+    def tokens(self, batches: Sequence[Batch]) -> int:
+        """Returns the positions of a pass over these of a step's batches, about: beside widths that are rounded up."""
+        own = [batches[c] for c in self.members]
+        return sum(len(batch["labels"]) for batch in own) * max(map(tokens_of, own))
 
 
 @dataclass(frozen=True)
@@ -254,7 +260,7 @@ class Stack:
         self.flat_leaf.grad = self.gradient
         self._values = [block.views(block.rows(self._flat, n)) for block, n in self._active]
         self._gradients = [block.views(block.rows(self._flat_gradient, n)) for block, n in self._active]
-        self._padded: dict[int, tuple[Sequence[int], dict[str, Tensor]]] = {}
+        self._padded: dict[int, tuple[list[int], dict[str, Tensor]]] = {}
         """By number of the pass: whose values lie side by side there."""
 
     def changes(
@@ -265,7 +271,7 @@ class Stack:
         It is rounded to the base's type once, here: gradients then come in that type, and are widened as they are
         copied into the buffer.
         """
-        dtype, members = base.dtype, list(place.members)
+        dtype, members = base.dtype, place.members
         self._runs = self._runs_of(members)
         self._leaves = {name: tensor.requires_grad_() for name, tensor in self._side_by_side(place, dtype).items()}
         which = slice(members[0], members[-1] + 1) if members[-1] - members[0] < len(members) else members
