@@ -51,7 +51,7 @@ class Heap:
         self._trimmed = True
 
     def settle(self) -> None:
-        """Is to be called after every step."""
+        """Is to be called after every pass of a step."""
         held = resident()
         if self._trimmed:
             self._usual, self._trimmed = max(self._usual, held), False

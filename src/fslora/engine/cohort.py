@@ -75,7 +75,6 @@ class CohortEngine:
             losses.append(self.backward(stack, batches, dropout))
             assert optimizer is not None
             optimizer.step()
-            self._heap.settle()
         columns = [loss.tolist() for loss in losses]
         results = {
             order[c]: Trained(
@@ -93,6 +92,7 @@ class CohortEngine:
         means = torch.empty(len(batches), device=self.base.device)
         for place in self.places(batches):
             means[place.members] = self.one_pass(stack, place, batches, dropout)
+            self._heap.settle()
         stack.add_penalties()
         stack.measure()
         stack.clip(self.local.clip_norm)
