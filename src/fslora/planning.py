@@ -389,8 +389,8 @@ def _kernels(planned: Planned, step: Tracked, evaluation: Tracked) -> int:
     work, chunk = planned.work, planned.experiment.engine.together
     passes, batches = work.shapes(chunk)
     # Those of a head that reads one position of a text are the same at any width.
-    same = step.products & _tracked(planned, work.lightest(chunk)).products if len(passes) > 1 else frozenset()
-    different = len(passes) * len(step.products - same) + batches * len(evaluation.products)
+    same = step.products & _tracked(planned, work.lightest(chunk)).products if passes > 1 else frozenset()
+    different = passes * len(step.products - same) + batches * len(evaluation.products)
     return min(KEPT_KERNELS, len(same) + different)
 
 

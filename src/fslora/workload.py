@@ -212,39 +212,34 @@ class Workload:
     def _weight(self, parts: list[np.ndarray]) -> float:
         """About how many numbers the largest pass of a step leaves behind."""
         base = self.federation.base
-        written = [int(self.predicted[part].sum()) for part in parts]
         return max(
-            rows * width * _width(base) + sum(written[c] for c in members) * _logits(base)
-            for (rows, _, width), members in zip(self.passes(parts), self._members(parts), strict=True)
+            rows * width * _width(base) + sum(int(self.predicted[part].sum()) for part in own) * _logits(base)
+            for own in self._passes(parts)
+            for rows, _, width in [self._shape(own)]
         )
 
-    def _members(self, parts: Sequence[np.ndarray]) -> list[list[int]]:
-        device = device_of(self.federation.experiment.model).type
-        return passes([len(part) for part in parts], [self._longest(part) for part in parts], PASS_TOKENS.get(device))
+    def _passes(self, parts: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
+        """The examples, by client, of each pass that the engine makes of a step."""
+        most = PASS_TOKENS.get(device_of(self.federation.experiment.model).type)
+        found = passes([len(part) for part in parts], self._longest(parts), most)
+        return [[parts[c] for c in members] for members in found]
 
-    def _longest(self, part: np.ndarray) -> int:
-        return int(self.lengths[part].max())
+    def _shape(self, own: Sequence[np.ndarray]) -> tuple[int, int, int]:
+        """Examples, clients and padded width of a pass."""
+        return sum(map(len, own)), len(own), step_width(self._longest(own), self.federation.base.positions)
 
-    def passes(self, parts: Sequence[np.ndarray]) -> list[tuple[int, int, int]]:
-        """Returns the examples, the clients and the padded width of each pass that the engine makes of a step."""
-        positions = self.federation.base.positions
-        return [
-            (sum(len(parts[c]) for c in own), len(own), step_width([self._longest(parts[c]) for c in own], positions))
-            for own in self._members(parts)
-        ]
+    def _longest(self, parts: Sequence[np.ndarray]) -> list[int]:
+        return [int(self.lengths[part].max()) for part in parts]
 
-    def shapes(self, chunk: int) -> tuple[set[tuple[int, int, int]], int]:
-        """Returns the different passes of a run's steps, and the number of its differently shaped evaluation batches.
-
-        The baseline's are among the latter.
-        """
-        different = {shape for parts in self._steps(chunk) for shape in self.passes(parts)}
+    def shapes(self, chunk: int) -> tuple[int, int]:
+        """Returns how many differently shaped passes and evaluation batches a run has (evaluations, baseline)."""
+        different = {self._shape(own) for parts in self._steps(chunk) for own in self._passes(parts)}
         federation = self.federation
         splits = [federation.validation.lengths, federation.test.lengths]
         if federation.sites.dataset.kind == "classes":
             splits.append(self.lengths[:MOST_TRAINING_EXAMPLES])
         batches = {(len(i), int(lengths[i].max())) for lengths in splits if len(lengths) for i in by_length(lengths)}
-        return different, len(batches)
+        return len(different), len(batches)
 
     def heaviest_evaluation(self) -> Batch | None:
         """Returns the batch of an evaluation that takes most memory; None where nothing is held out."""
