@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fslora.config import DataConfig
 from fslora.data import limited, load_dataset
-from fslora.data.batches import step_width
+from fslora.data.batches import IGNORED, Encoded, by_length, padded, step_width
 from fslora.data.chapters import CHAPTER_OF, CHAPTERS, MASK, masked
 from fslora.data.stdlib import read_library
 from fslora.data.text import is_prose, is_sentence, letters, paragraphs, sentences
@@ -385,3 +385,28 @@ def test_a_step_is_padded_to_one_of_few_widths_that_the_model_has_room_for(longe
 
 def test_widths_between_two_powers_of_two_are_sixteen() -> None:
     assert len({step_width([longest, 1], 10_000) for longest in range(65, 129)}) == 16
+
+
+@given(lengths=st.lists(st.integers(1, 600), max_size=300), tokens=st.integers(1, 4096))
+def test_an_evaluation_reads_every_text_once_in_few_widths_none_beyond_the_longest(
+    lengths: list[int], tokens: int
+) -> None:
+    batches = list(by_length(np.array(lengths, dtype=np.int64), tokens))
+    assert sorted(i for index, _ in batches for i in index) == list(range(len(lengths)))
+    for index, width in batches:
+        longest = max(lengths[i] for i in index)
+        assert longest <= width <= max(lengths)
+        assert width <= longest * 17 / 16 or longest < 16
+        assert len(index) == 1 or len(index) * width <= tokens
+    assert len({width for _, width in batches if width >= 256}) <= 16 + 5
+
+
+@given(width=st.integers(5, 12))
+def test_padding_widens_texts_and_leaves_their_labels(width: int) -> None:
+    fields = {"input_ids": [[1, 2], [3, 4, 5, 6, 7]], "token_labels": [[2, IGNORED], [4, 5, 6, 7, 8]]}
+    batch = padded(Encoded(fields, np.array([1, 0]), 0, pad_id=9).batch([1, 0]), width, 9)
+    more = width - 5
+    assert batch["input_ids"].tolist() == [[3, 4, 5, 6, 7] + [9] * more, [1, 2, 9, 9, 9] + [9] * more]
+    assert batch["attention_mask"].tolist() == [[1] * 5 + [0] * more, [1, 1] + [0] * (3 + more)]
+    assert batch["token_labels"].tolist() == [[4, 5, 6, 7, 8] + [IGNORED] * more, [2] + [IGNORED] * (4 + more)]
+    assert batch["labels"].tolist() == [0, 1]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fslora.data.batches import Encoded, by_length
+from fslora.data.batches import Encoded
 from fslora.metrics import Scores, class_scores
 from fslora.models.base import NOT_INPUTS, Base
 from fslora.rng import Rng
@@ -58,10 +58,8 @@ def pooled_features(base: Base, data: Encoded, index: np.ndarray) -> np.ndarray:
     """Returns the mean over tokens of the frozen backbone's last hidden states, float32 [len(index), d]."""
     backbone = base.model.base_model
     result: np.ndarray | None = None
-    for part in by_length(data.lengths[index]):
-        batch = {
-            name: tensor.to(base.device) for name, tensor in data.batch(index[part]).items() if name not in NOT_INPUTS
-        }
+    for part, texts in data.take(index).evaluated():
+        batch = {name: tensor.to(base.device) for name, tensor in texts.items() if name not in NOT_INPUTS}
         hidden = backbone(**batch).last_hidden_state
         mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
         pooled = ((hidden * mask).sum(1) / mask.sum(1)).float().cpu().numpy()

@@ -35,7 +35,7 @@ from fslora.footprint import (
     machine_memory,
     weight_bytes,
 )
-from fslora.memory import Heap, resident
+from fslora.memory import Heap, release_memory, resident
 from fslora.methods.base import initial_adapter
 from fslora.models.base import Base
 from fslora.models.load import Outline, device_of
@@ -118,8 +118,8 @@ def plan(experiment: Experiment, with_data: bool = True, teraflops: float | None
     federation, outline, certainty = outlined(experiment, with_data)
     _import_what_a_run_does(federation)
     device, dtype = device_of(experiment.model), experiment.model.dtype
-    measured, kernel = throughput(federation.base, device, dtype), kernel_bytes(dtype, device)
-    before, work = resident(), Workload(federation)
+    measured, before = throughput(federation.base, device, dtype), _settled()
+    kernel, work = kernel_bytes(federation.base, dtype, device), Workload(federation)
     rehearsal = _rehearsed(work)
     given = teraflops if teraflops is not None else measured / 1e12
     planned = Planned(
@@ -149,7 +149,8 @@ def largest_rank(experiment: Experiment, members: frozenset[int], budget: int) -
     """
     federation, outline, certainty = outlined(experiment, True, members)
     device, dtype = device_of(experiment.model), experiment.model.dtype
-    before, kernel, fleet = resident(), kernel_bytes(dtype, device), federation.sites.fleet
+    before, kernel = _settled(), kernel_bytes(federation.base, dtype, device)
+    fleet = federation.sites.fleet
     theirs = np.isin(np.arange(len(fleet)), sorted(members))
 
     def peak(rank: int) -> int:
@@ -197,6 +198,12 @@ def _import_what_a_run_does(federation: Federation) -> None:
 
         del sklearn
     del fslora
+
+
+def _settled() -> int:
+    """Returns the bytes that this process holds without what was freed."""
+    release_memory()
+    return resident()
 
 
 def throughput(base: Base, device: torch.device, dtype: str, seconds: float = 0.4) -> float:

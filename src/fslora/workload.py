@@ -25,6 +25,7 @@ from fslora.data.batches import (
     by_length,
     length_order,
     local_batches,
+    padded,
     step_width,
 )
 from fslora.data.partition import Partition, Shares
@@ -235,27 +236,32 @@ class Workload:
         """Returns how many differently shaped passes and evaluation batches a run has (evaluations, baseline)."""
         different = {self._shape(own) for parts in self._steps(chunk) for own in self._passes(parts)}
         federation = self.federation
-        splits = [federation.validation.lengths, federation.test.lengths]
+        held = federation.sites.partition.holdout.flat
+        splits = [federation.validation.lengths, federation.test.lengths, self.lengths[held]]
         if federation.sites.dataset.kind == "classes":
             splits.append(self.lengths[:MOST_TRAINING_EXAMPLES])
-        batches = {(len(i), int(lengths[i].max())) for lengths in splits if len(lengths) for i in by_length(lengths)}
+        batches = {(len(index), width) for lengths in splits for index, width in by_length(lengths, self._most())}
         return len(different), len(batches)
+
+    def _most(self) -> int:
+        """Tokens of an evaluation's batch."""
+        base = self.federation.base
+        return (
+            TOKENS_PER_BATCH if base.objective.has_head else min(TOKENS_PER_BATCH, LOGITS_PER_BATCH // base.vocabulary)
+        )
 
     def heaviest_evaluation(self) -> Batch | None:
         """Returns the batch of an evaluation that takes most memory; None where nothing is held out."""
         federation = self.federation
-        best: tuple[float, Encoded, np.ndarray] | None = None
-        limit = TOKENS_PER_BATCH
-        if not federation.base.objective.has_head:
-            limit = min(limit, LOGITS_PER_BATCH // federation.base.vocabulary)
+        best: tuple[float, Encoded, np.ndarray, int] | None = None
         for split in (federation.validation, federation.test):
             lengths, written = split.lengths, predicted(split)
-            for index in by_length(lengths, limit) if len(split) else ():
-                weight = len(index) * float(lengths[index].max()) * _width(federation.base)
+            for index, width in by_length(lengths, self._most()):
+                weight = len(index) * float(width) * _width(federation.base)
                 weight += float(written[index].sum()) * _logits(federation.base)
                 if best is None or weight >= best[0]:
-                    best = weight, split, index
-        return None if best is None else best[1].batch(best[2])
+                    best = weight, split, index, width
+        return None if best is None else padded(best[1].batch(best[2]), best[3], best[1].pad_id)
 
 
 def predicted(data: Encoded) -> np.ndarray:

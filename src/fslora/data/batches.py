@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from fslora.data.tokens import tokenised
 from fslora.data.types import Examples
@@ -64,6 +65,21 @@ class Encoded:
         tensors["labels"] = torch.from_numpy(self.labels[np.asarray(index)])
         return tensors
 
+    def evaluated(self, tokens: int = TOKENS_PER_BATCH) -> Iterator[tuple[np.ndarray, Batch]]:
+        """Yields all examples, those of similar length together: indices [b] and their tensors [b t]."""
+        for index, width in by_length(self.lengths, tokens):
+            yield index, padded(self.batch(index), width, self.pad_id)
+
+
+def padded(batch: Batch, width: int, pad_id: int) -> Batch:
+    """Returns a batch whose texts [b t] are padded on the right to this width, [b width]."""
+    return {
+        name: functional.pad(tensor, (0, width - tensor.shape[1]), value=padding(name, pad_id))
+        if tensor.dim() == 2
+        else tensor
+        for name, tensor in batch.items()
+    }
+
 
 def padding(name: str, pad_id: int) -> int:
     """Returns what fills up a field of a batch."""
@@ -90,15 +106,19 @@ def encode(examples: Examples, tokenizer: Any, max_length: int) -> Encoded:
     return Encoded(whole, examples.labels, cut, tokenizer.pad_token_id)
 
 
-def by_length(lengths: np.ndarray, tokens: int = TOKENS_PER_BATCH) -> Iterator[np.ndarray]:
-    """Yields index arrays of texts of similar length, at most about ``tokens`` tokens each."""
+def by_length(lengths: np.ndarray, tokens: int = TOKENS_PER_BATCH) -> Iterator[tuple[np.ndarray, int]]:
+    """Yields index arrays of texts of similar length, at most about ``tokens`` tokens each, and their padded width.
+
+    Widths are few (`common_size`), and none is beyond the longest text.
+    """
     order = np.argsort(lengths, kind="stable")
+    widths = [min(common_size(int(n), 2 * int(n)), int(lengths[order[-1]])) for n in lengths[order]]
     start = 0
     while start < len(order):
         stop = start + 1
-        while stop < len(order) and int(lengths[order[stop]]) * (stop + 1 - start) <= tokens:
+        while stop < len(order) and widths[stop] * (stop + 1 - start) <= tokens:
             stop += 1
-        yield order[start:stop]
+        yield order[start:stop], widths[stop - 1]
         start = stop
 
 

@@ -18,10 +18,9 @@ from dataclasses import dataclass, replace
 from itertools import groupby, islice
 
 import torch
-from torch.nn import functional
 
 from fslora.config import LocalConfig
-from fslora.data.batches import padding, step_width
+from fslora.data.batches import padded, step_width
 from fslora.engine.optim import make_optimizer, narrowed
 from fslora.memory import Heap
 from fslora.models.base import Base
@@ -422,12 +421,7 @@ def concatenated(batches: Sequence[Batch], pad_id: int, positions: int) -> Batch
 
     Where there is padding at all, to one of a few widths (``step_width``); a step of equal lengths stays without.
     """
-    joined = {}
-    for name, first in batches[0].items():
-        parts = [batch[name] for batch in batches]
-        if first.dim() == 2:
-            width = step_width([part.shape[1] for part in parts], positions)
-            value = padding(name, pad_id)
-            parts = [functional.pad(part, (0, width - part.shape[1]), value=value) for part in parts]
-        joined[name] = torch.cat(parts)
-    return joined
+    if "input_ids" in batches[0]:
+        width = step_width([batch["input_ids"].shape[1] for batch in batches], positions)
+        batches = [padded(batch, width, pad_id) for batch in batches]
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}

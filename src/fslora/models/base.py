@@ -108,12 +108,16 @@ class Base:
         return any(is_quantized(module) for module in self.model.modules())
 
     @property
-    def linear_parameters(self) -> int:
-        """The number of frozen weights that a token is multiplied with: those of the linear layers, without the head
-        and without the output layer over the vocabulary."""
+    def linear_shapes(self) -> list[tuple[int, int]]:
+        """(d_in, d_out) of each frozen linear layer, without the head and the output layer over the vocabulary."""
         output = None if self._output is None else self._output.module
         modules = (m for path, m in self.model.named_modules() if not _within(path, self.head) and m is not output)
-        return sum(d_in * d_out for d_in, d_out in map(_shape, filter(_is_linear, modules)))
+        return list(map(_shape, filter(_is_linear, modules)))
+
+    @property
+    def linear_parameters(self) -> int:
+        """The number of frozen weights that a token is multiplied with: those of ``linear_shapes``."""
+        return sum(d_in * d_out for d_in, d_out in self.linear_shapes)
 
     @property
     def output_parameters(self) -> int:

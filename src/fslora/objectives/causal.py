@@ -140,8 +140,8 @@ class Causal(Objective):
         """Each sequence's summed loss and number of predicted tokens, [n] both."""
         losses, tokens = np.zeros(len(data)), np.zeros(len(data), dtype=np.int64)
         limit = min(TOKENS_PER_BATCH, LOGITS_PER_BATCH // base.vocabulary)
-        for index in by_length(data.lengths, limit):
-            each, example = self.losses(base, data.batch(index))
+        for index, batch in data.evaluated(limit):
+            each, example = self.losses(base, batch)
             which = example.cpu().numpy()
             losses[index] = np.bincount(which, weights=each.double().cpu().numpy(), minlength=len(index))
             tokens[index] = np.bincount(which, minlength=len(index))
@@ -161,7 +161,7 @@ class Causal(Objective):
         right = np.zeros(len(data), dtype=bool)
         prompts, answers, options = (data.columns[name] for name in ("prompt", "answer", "options"))
         lengths = np.array([len(prompt) for prompt in prompts])
-        for index in by_length(lengths + self.data.max_new_tokens):
+        for index, _ in by_length(lengths + self.data.max_new_tokens):
             texts = base.generate([prompts[i] for i in index], self.data.max_new_tokens)
             for i, text in zip(index, texts, strict=True):
                 right[i] = found(self.data.extract, text, options[i], answers[i])

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from fslora.config import ModelConfig
-from fslora.data.batches import Encoded, by_length, encode
+from fslora.data.batches import Encoded, encode
 from fslora.data.types import Examples
 from fslora.metrics import Scores, class_scores, value_scores
 from fslora.objectives.base import Columns, Objective, Predictions, Reader
@@ -43,8 +43,7 @@ class Classes(Objective):
     def predict(self, base: Reader, data: Encoded) -> Predictions:
         """Returns losses and the likeliest classes."""
         losses, predicted = np.zeros(len(data)), np.zeros(len(data), dtype=np.int64)
-        for index in by_length(data.lengths):
-            batch = data.batch(index)
+        for index, batch in data.evaluated():
             logits = base.logits(batch).float().cpu()
             losses[index] = functional.cross_entropy(logits, batch["labels"], reduction="none").numpy()
             predicted[index] = logits.argmax(1).numpy()
@@ -93,8 +92,8 @@ class Value(Objective):
     def predict(self, base: Reader, data: Encoded) -> Predictions:
         """Returns squared errors and the predicted numbers."""
         predicted = np.zeros(len(data))
-        for index in by_length(data.lengths):
-            predicted[index] = base.logits(data.batch(index)).float().squeeze(1).cpu().numpy()
+        for index, batch in data.evaluated():
+            predicted[index] = base.logits(batch).float().squeeze(1).cpu().numpy()
         columns = {"loss": (predicted - data.labels) ** 2, "predicted": predicted, "labels": data.labels}
         return Predictions(columns, self.scores)
 

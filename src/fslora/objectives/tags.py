@@ -9,7 +9,7 @@ import numpy as np
 from torch.nn import functional
 
 from fslora.config import ModelConfig
-from fslora.data.batches import IGNORED, Encoded, by_length
+from fslora.data.batches import IGNORED, Encoded
 from fslora.data.types import Examples
 from fslora.metrics import Scores, class_scores
 from fslora.objectives.base import Columns, Objective, Predictions, Reader
@@ -55,8 +55,7 @@ class Tags(Objective):
         """Returns, per example, the sum of its words' losses, their likeliest tags and their tags."""
         losses = np.zeros(len(data))
         predicted, tags = np.empty(len(data), dtype=object), np.empty(len(data), dtype=object)
-        for index in by_length(data.lengths):
-            batch = data.batch(index)
+        for index, batch in data.evaluated():
             logits, labels = base.logits(batch).float().cpu(), batch["token_labels"]
             each = functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED)
             losses[index] = each.sum(1).numpy()
