@@ -6,7 +6,9 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -17,7 +19,7 @@ pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fslora
 from fslora import config, runner
 from fslora.deploy import launch
 from fslora.deploy.bundle import submit
-from fslora.deploy.lab import CONNECTION, Lab, family
+from fslora.deploy.lab import CONNECTION, Lab, command, family
 from fslora.deploy.patience import Patience
 from fslora.deploy.settings import SiteSettings
 from fslora.errors import TrainingError
@@ -175,6 +177,27 @@ def test_a_killed_superlink_loses_nothing(settings, tmp_path, nothing_left):
     launch.local(run.folder, 2, False, Patience(), Quiet())
     assert run.status()["run"] == run.settings.run
     same_state(run.folder, simulated(run.folder, tmp_path / "simulated"))
+
+
+def test_answers_that_come_again_change_nothing(settings, tmp_path, nothing_left, monkeypatch):
+    """Both sites send each answer twice, and once more after their next one."""
+    repeated = tmp_path / "repeated"
+    program = tmp_path / "supernode"
+    program.write_text(f"#!{sys.executable}\n" + Path(__file__).with_name("supernode_twice.py").read_text())
+    program.chmod(0o755)
+    monkeypatch.setenv("FSLORA_REPEATED", str(repeated))
+    monkeypatch.setattr(
+        "fslora.deploy.lab.command", lambda name: str(program) if name == "flower-supernode" else command(name)
+    )
+    run = Run(settings, tmp_path / "run", Patience())
+    with run.lab:
+        run.submit()
+        run.until(lambda: run.status()["state"] == "done")
+    assert [row["dropped"] for row in run.rows()] == [{}] * 3
+    same_state(run.folder, simulated(run.folder, tmp_path / "simulated"))
+    kinds = Counter(line.split()[0] for line in repeated.read_text().splitlines())
+    assert kinds["again"] >= 2 * 3
+    assert kinds["late"] >= 2 * 2
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
