@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fslora import config
 from fslora.config import DataConfig, PartitionConfig
 from fslora.data import TASKS, load_dataset
 from fslora.data.partition import partition
@@ -17,6 +19,7 @@ from fslora.data.regression import fifths
 from fslora.data.tags import label_of
 from fslora.data.types import Dataset
 from fslora.errors import DataError
+from fslora.prepare import prepare_sites
 from fslora.rng import Rng
 
 SIDES = ("train", "validation", "test")
@@ -295,6 +298,43 @@ def test_tables_in_several_folders_are_sites(tmp_path):
     data = load("images", tmp_path / "*" / "labels.jsonl")
     assert data.statistics["files of train"] == 2
     assert all(f"/{group}/" in path for path, group in zip(data.train.texts, data.train.groups, strict=True))
+
+
+def test_with_known_classes_a_folder_of_such_folders_has_one_for_each_client(tmp_path):
+    for n, (client, kind) in enumerate(product(("north", "south"), ("kite", "owl"))):
+        for i in range(4):
+            image(tmp_path / "wards" / client / kind / f"{i}.png", 20 * n + i)
+    (tmp_path / "wards" / "empty").mkdir()
+    data = load("images", tmp_path / "wards", labels=["kite", "owl"], test_share=0.2)
+    assert data.label_names == ("kite", "owl")
+    assert set(data.train.groups) == {"north", "south"}
+    for path, label, group in zip(data.train.texts, data.train.labels, data.train.groups, strict=True):
+        assert f"/{group}/{data.label_names[label]}/" in path
+    image(tmp_path / "wards" / "south" / "crow" / "a.png", 99)
+    with pytest.raises(DataError, match=r"has the class 'crow', which is not in data\.labels"):
+        load("images", tmp_path / "wards", labels=["kite", "owl"])
+    image(tmp_path / "birds" / "hawk" / "owl" / "a.png", 1)  # a class's folder may have folders
+    image(tmp_path / "birds" / "owl" / "a.png", 2)
+    with pytest.raises(DataError, match=r"has the class 'hawk', which is not in data\.labels"):
+        load("images", tmp_path / "birds", labels=["kite", "owl"])
+
+
+def test_images_of_several_clients_at_one_site(tmp_path):
+    sizes = {"a": 8, "b": 12}
+    for client, kind in product(sizes, ("kite", "owl")):
+        for i in range(sizes[client]):
+            image(tmp_path / client / kind / f"{i}.png", 20 * (client == "a") + i)
+    items = ["data.task=images", f"data.source={tmp_path}", "data.labels=['kite', 'owl']", "partition.kind=sites"]
+    experiment = config.load(
+        None, [*items, "run.eval_on=clients", "fleet.clients=4", "fleet.cohort=2", "partition.holdout=0.25"]
+    )
+    sites = prepare_sites(experiment, frozenset({1, 3}))
+    assert sites.partition.train.sizes.tolist() == [0, 12, 0, 18]
+    assert sites.partition.holdout.sizes.tolist() == [0, 4, 0, 6]
+    for client, name in ((1, "a"), (3, "b")):
+        assert {sites.dataset.train.groups[i] for i in sites.partition.train[client]} == {name}
+    with pytest.raises(DataError, match=r"2 files .* 3 clients \(0, 1, 3\); give .*of images, a folder of one folder"):
+        prepare_sites(experiment, frozenset({0, 1, 3}))
 
 
 def test_equal_images_in_train_and_test_are_counted_by_their_bytes(birds):

@@ -352,7 +352,7 @@ def test_sources_that_may_tell_whose_rows_they_are(source):
         ({"source": "glue", "subset": "sst2"}, "data.group names no column"),
         ({"task": "regression", "source": "A.PARQUET"}, "data.group names no column"),
         ({"task": "instruct", "source": "a.jsonl.gz"}, "data.group names no column"),
-        ({"task": "images", "source": "birds"}, r"a folder of images \(birds\) does not tell whose they are; set part"),
+        ({"task": "images", "source": "birds"}, r"a folder of images \(birds\) does not tell whose they are; set data"),
         ({"task": "images", "source": "birds.csv"}, "data.group names no column"),
         ({"task": "images"}, r"needs a file, a folder or pattern of files \(or of images\)"),
         ({"task": "tags"}, r"data\.task 'tags' needs a file, a folder .* or a data set's hub name"),

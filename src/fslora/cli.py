@@ -423,7 +423,7 @@ def deploy_client_config(
     data: Annotated[
         str,
         typer.Option(
-            help="The site's data: a file, or a folder or pattern with a file for each of its clients; "
+            help="The site's data: a file, or a folder or pattern with a file (images: a folder) for each client; "
             "or 'experiment': read what the experiment names."
         ),
     ],

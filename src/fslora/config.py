@@ -147,7 +147,8 @@ class DataConfig(Section):
         "word-order and text also a text file or folder; for all others (and text) a CSV, JSONL or Parquet file, "
         "a folder or pattern of such files, e.g. 'sites/*.csv', whose rows get a column 'file' (their file's name; the "
         "default of data.group there), LEAF's .json files (columns user, x and y, or x0, x1, ...), or a data set's hub "
-        "name. images: a folder with a sub-folder per class, or such a table.",
+        "name. images: a folder with a sub-folder per class, or, with data.labels, a folder of such folders, one per "
+        "client (the default of data.group there), or such a table.",
     )
     subset: str | None = Field(None, description="Hub data sets: the configuration's name, e.g. 'sst2' of 'glue'.")
     text: str = Field(
@@ -568,10 +569,11 @@ class Experiment(Section):
         data = self.data
         pattern = any(sign in data.source for sign in "*?[")
         one_table = data.source.lower().endswith(TABLE_SUFFIXES) and not pattern
-        if data.task == "images" and not one_table and not pattern:
+        if data.task == "images" and not one_table and not pattern and data.labels is None:
             raise ValueError(
                 f"partition.kind is 'natural', but a folder of images ({data.source}) does not tell whose they are; "
-                "set partition.kind to 'dirichlet' or 'iid', or give a table of paths and data.group"
+                "set data.labels, for a folder of one folder per client, or partition.kind to 'dirichlet' or 'iid', or "
+                "give a table of paths and data.group"
             )
         if one_table or data.subset is not None:
             raise ValueError(

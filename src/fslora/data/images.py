@@ -1,7 +1,9 @@
 """Classify images: a folder with one sub-folder per class, or tables with a column of paths and one of classes.
 
-A folder is always read as classes; tables are named as a file, or as a pattern of files. Their paths are relative to
-the folder of the table. Every image is decoded once, so that a damaged one is found before training and not in it.
+A folder is always read as classes, or, where data.labels tells these, as a folder of such folders, one for each client,
+whose name is then the group of its images. Tables are named as a file, or as a pattern of files. Their paths are
+relative to the folder of the table. Every image is decoded once, so that a damaged one is found before training and not
+in it.
 """
 
 from __future__ import annotations
@@ -103,14 +105,26 @@ def _of_folder(folder: Path, config: DataConfig, side: str) -> Columns:
             f"data.group is {config.group!r}, but {key} {str(folder)!r} is a folder of images, which has no columns. "
             "Remove data.group, or give a table with the images' paths, classes and owners"
         )
-    classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    found = [(str(path), entry.name) for entry in classes for path in _images_below(entry)]
+    inner = _folders(folder)
+    clients = [each for each in inner if any(entry.name in (config.labels or ()) for entry in _folders(each))]
+    if clients and not any(each.name in (config.labels or ()) for each in inner):
+        parts = [(owner.name, entry) for owner in clients for entry in _folders(owner)]
+    else:
+        clients, parts = [], [("", entry) for entry in inner]
+    found = [(str(path), entry.name, owner) for owner, entry in parts for path in _images_below(entry)]
     if not found:
         raise DataError(
             f"{key} is {str(folder)!r}, a folder without images ({', '.join(SUFFIXES)}) in sub-folders; data.task "
-            "'images' needs one sub-folder per class. A table of paths is named as a file, or a pattern of files"
+            "'images' needs one sub-folder per class, or, with data.labels, a folder of these for each client. A table "
+            "of paths is named as a file, or a pattern of files"
         )
-    return {"text": [path for path, _ in found], "label": [name for _, name in found]}
+    columns = {"text": [path for path, _, _ in found], "label": [name for _, name, _ in found]}
+    return {**columns, "group": [owner for _, _, owner in found]} if clients else columns
+
+
+def _folders(folder: Path) -> list[Path]:
+    """The folders in a folder by their names, without hidden ones."""
+    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _images_below(folder: Path) -> list[Path]:

@@ -62,8 +62,8 @@ def at_site(
 ) -> tuple[Dataset, Partition]:
     """Returns a site's examples, and whose they are.
 
-    One client has all of them. Of several, each has one group: a file of a folder or pattern, in the order of their
-    names, by increasing client id.
+    One client has all of them. Of several, each has one group: a file of a folder or pattern, or a folder of images,
+    in the order of their names, by increasing client id.
 
     Args:
         experiment: Its [data] says what the columns are; its source is the site's own.
@@ -105,7 +105,8 @@ def _owners(examples: Examples, clients: list[int], source: str) -> Index:
     if len(names) != len(clients):
         raise DataError(
             f"the site's data are {source}, with {len(names) or 'no'} files to tell clients apart, and it has "
-            f"{len(clients)} clients ({', '.join(map(str, clients))}); give a folder or pattern of one file per client"
+            f"{len(clients)} clients ({', '.join(map(str, clients))}); give a folder or pattern of one file per client "
+            "(of images, a folder of one folder per client)"
         )
     place = dict(zip(names, clients, strict=True))
     return np.array([place[name] for name in examples.groups or ()], dtype=np.int64)
