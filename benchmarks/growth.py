@@ -94,14 +94,15 @@ def slope(rows: list[dict[str, Any]], key: str, above: float = 0.0) -> float:
 
 
 def draw(results: dict[str, list[dict[str, Any]]], labels: dict[str, str], path: Path) -> None:
-    """One panel per axis: time above, memory below, on logarithmic scales."""
+    """One panel per axis: time above, memory below, on logarithmic scales that a row shares."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     figure, panels = plt.subplots(
-        2, len(results), figsize=(3.1 * len(results), 5.2), layout="constrained", squeeze=False
+        2, len(results), figsize=(2.4 * len(results), 5.2), layout="constrained", squeeze=False, sharey="row"
     )
     for column, (name, rows) in enumerate(results.items()):
         sizes = [row["size"] for row in rows]
@@ -112,6 +113,8 @@ def draw(results: dict[str, list[dict[str, Any]]], labels: dict[str, str], path:
         for panel in (panels[0][column], panels[1][column]):
             panel.set_xscale("log", base=2)
             panel.set_yscale("log", base=2)
+            panel.yaxis.set_major_locator(LogLocator(2))
+            panel.yaxis.set_major_formatter(lambda value, _: f"{value:,.3g}" if value < 1000 else f"{value:,.0f}")
             panel.set_xticks(sizes, [str(row["value"]) for row in rows])
             panel.minorticks_off()
             panel.grid(alpha=0.3)
