@@ -8,6 +8,8 @@ from itertools import islice
 from types import TracebackType
 from typing import Self
 
+import torch
+
 from fslora.clients import Answer, Clients, Request
 from fslora.config import Experiment
 from fslora.errors import FsloraError
@@ -77,11 +79,15 @@ class Spread(Simulated):
         """Yields the clients' answers as their chunks are trained, in order."""
         shared = round_letter(plan.number, lr, self.method.base(state))
         chunks = chunks_of(requests, self.experiment.engine.together)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # the cores are the workers', and threads that wait for each other would take them
         try:
             for frame in self.pool.answers(shared, (chunk_letter(chunk, self.memories) for chunk in chunks)):
                 yield from answers_of(frame)
         except FsloraError as error:
             raise self._explained(error, plan.number + 1) from None
+        finally:
+            torch.set_num_threads(threads)
 
     def peak_memory(self) -> int:
         """Returns what this process and its workers have held at most, in bytes."""

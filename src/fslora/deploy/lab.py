@@ -26,6 +26,7 @@ import tomlkit
 from fslora.deploy.bundle import command, environment, flwr
 from fslora.deploy.settings import SiteSettings
 from fslora.errors import TrainingError
+from fslora.processes import THREADS, threads_each
 
 CONNECTION = "lab"
 HOST = "127.0.0.1"
@@ -142,6 +143,8 @@ class Lab:
     def _start(self, name: str, arguments: list[str]) -> None:
         # Looking for work four times a second instead of once: a round is mostly waiting otherwise.
         own = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25"}
+        if name in self.sites:
+            own |= dict.fromkeys(THREADS, str(threads_each(len(self.sites))))
         with (self.logs / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 arguments,

@@ -14,7 +14,7 @@ from math import prod
 
 import torch
 
-from fslora.deploy.envelope import VERSION, Entry, Record
+from fslora.deploy.envelope import Entry, Record, check_version
 from fslora.errors import WireError
 from fslora.types import Tensor
 from fslora.wire import Payload
@@ -66,10 +66,7 @@ def to_payload(record: Record, limits: Limits | None = None) -> Payload:
 
 def check(record: Record, limits: Limits) -> None:
     """Raises WireError where a record contradicts itself or exceeds the limits; makes no tensor."""
-    if record.version != VERSION:
-        raise WireError(
-            f"its records have version {record.version!r}, not {VERSION}; install the same fslora on both sides"
-        )
+    check_version(record.version)
     if not isinstance(record.header, str) or len(record.header) > limits.header:
         raise WireError(f"its header is no text of at most {limits.header} characters")
     if len(record.entries) > limits.entries:
@@ -101,10 +98,10 @@ def _checked_size(entry: Entry, limits: Limits) -> int:
     if not whole or len(shape) > limits.dims:
         raise WireError(f"{entry.name!r} has shape {str(shape)[:60]}; at most {limits.dims} sizes from 0 up are one")
     expected = prod(shape) * TYPES[entry.dtype].itemsize
-    if not isinstance(entry.data, bytes) or len(entry.data) != expected:
-        there = len(entry.data) if isinstance(entry.data, bytes) else type(entry.data).__name__
+    if not isinstance(entry.data, bytes | memoryview) or len(entry.data) != expected:
+        there = len(entry.data) if isinstance(entry.data, bytes | memoryview) else type(entry.data).__name__
         raise WireError(f"{entry.name!r} has {there} bytes; {entry.dtype} {list(shape)} takes {expected}")
-    if entry.dtype == "bool" and entry.data.strip(b"\0\1"):
+    if entry.dtype == "bool" and bytes(entry.data).strip(b"\0\1"):
         raise WireError(f"{entry.name!r} has bytes that are no bool")
     return expected
 
