@@ -92,6 +92,27 @@ def pids_of(run: Spread) -> list[int]:
     return [worker.process.pid for worker in run.pool.workers]
 
 
+def test_the_cores_are_the_workers_while_they_train(settings, makers, tmp_path):
+    """Threads of both would wait for each other, and take the cores while they do."""
+    seen = []
+
+    class Threads(Silent):
+        def client_done(self, loss):
+            seen.append(torch.get_num_threads())
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        run = makers(2)(
+            federation(settings, "engine.workers=2", "run.rounds=2"), RunFolder.create(tmp_path / "r"), Threads()
+        )
+        run.run()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1] * 12
+
+
 @pytest.mark.parametrize(
     ("counts", "more"),
     [
