@@ -12,7 +12,7 @@ from fslora.algebra.adapters import combine
 from fslora.config import AdapterConfig, LocalConfig, ModelConfig
 from fslora.data.batches import encode
 from fslora.data.types import Examples
-from fslora.engine.cohort import PASS_TOKENS, CohortEngine, passes
+from fslora.engine.cohort import PASS_COST, PASS_TOKENS, CohortEngine, passes
 from fslora.engine.sequential import SequentialEngine
 from fslora.models.load import load_base
 from fslora.models.slots import Dropout
@@ -48,10 +48,22 @@ def test_passes_take_every_client_once_and_those_of_one_length_together(widths, 
     assert all(above >= below for above, below in zip(shortest[1:], longest, strict=False))
     assert len({len(members) for members in found[:-1]}) <= 1
     tokens = size * sum(widths)
-    if most is None or 2 * tokens <= 3 * most:
+    padded = sum(PASS_COST + size * len(own) * width for own, width in zip(found, longest, strict=True))
+    if most is None:
         assert len(found) == 1
+    elif 2 * tokens <= 3 * most:
+        assert padded <= PASS_COST + tokens_padded(size, widths)
     else:
         assert len(found) == len(widths) or tokens / len(found) <= 2 * 1.5 * most
+
+
+def tokens_padded(size, widths) -> int:
+    return size * len(widths) * max(widths)
+
+
+def test_short_texts_are_not_padded_to_a_long_one_where_that_costs_more_than_a_pass():
+    assert passes([4] * 4, [10, 200, 12, 190], 2048) == [[0, 2], [1, 3]]
+    assert passes([4] * 4, [10, 20, 12, 19], 2048) == [[0, 1, 2, 3]]
 
 
 def random_adapter(base, rank: int, rng: Rng, scale: float = 0.7) -> Adapter:

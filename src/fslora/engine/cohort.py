@@ -29,6 +29,8 @@ from fslora.types import Adapter, Batch, LocalProblem, Start, Tensor, Trained
 
 PASS_TOKENS = {"cpu": 2048}
 """Tokens that go through the model at once, about: measured with three models (docs/performance.md). Others: all."""
+PASS_COST = 150
+"""Tokens that take as long as what every pass takes beside its tokens, measured likewise."""
 
 
 class CohortEngine:
@@ -132,20 +134,31 @@ def tokens_of(batch: Batch) -> int:
 def passes(sizes: Sequence[int], widths: Sequence[int], most: int | None) -> list[list[int]]:
     """Returns which clients of a step go through the model together, each time in order of their places.
 
-    The passes are halves of halves of the clients sorted by width, so that steps come in few shapes; each takes about
-    ``most`` tokens, between 0.75 and 1.5 times as many where clients allow it.
+    The passes are halves of halves of the clients sorted by width, so that steps come in few shapes: so many that they
+    have at most 1.5 times ``most`` tokens in the mean, where clients allow it, or more where that saves padding.
 
     Args:
         sizes: Examples, by client.
         widths: Tokens that each of its examples is padded to, by client.
         most: None for one pass.
     """
-    count, tokens = 1, sum(size * width for size, width in zip(sizes, widths, strict=True))
-    while most and 2 * tokens > 3 * most * count and count < len(sizes):
-        count *= 2
     order = sorted(range(len(sizes)), key=lambda c: widths[c])
-    each = -(-len(sizes) // count)
-    return [sorted(order[first : first + each]) for first in range(0, len(order), each)]
+    tokens = sum(size * width for size, width in zip(sizes, widths, strict=True))
+
+    def cut(count: int) -> list[list[int]]:
+        each = -(-len(order) // count)
+        return [sorted(order[first : first + each]) for first in range(0, len(order), each)]
+
+    def cost(found: list[list[int]]) -> int:
+        return sum(PASS_COST + sum(sizes[c] for c in own) * max(widths[c] for c in own) for own in found)
+
+    if most is None:
+        return [sorted(order)]
+    counts = [1]
+    while counts[-1] < len(order):
+        counts.append(2 * counts[-1])
+    roomy = [count for count in counts if 2 * tokens <= 3 * most * count] or counts[-1:]
+    return min(map(cut, roomy), key=cost)
 
 
 @dataclass(frozen=True)
