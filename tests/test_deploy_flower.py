@@ -15,7 +15,7 @@ from hypothesis import given
 
 from flowergrid import Grid
 from fslora import config, runner
-from fslora.deploy import desk, serve
+from fslora.deploy import desk, launch, serve
 from fslora.deploy.client_app import app
 from fslora.deploy.flower import FlowerTransport
 from fslora.deploy.launch import local_sites, prepare, settings_of
@@ -244,3 +244,23 @@ def test_nothing_but_adapters_and_counts_leaves_a_site(federation, sentiment_fil
         whole = record.header.encode() + b"".join(entry.name.encode() + entry.data for entry in record.entries)
         assert not [secret for secret in secrets if secret in whole]
         assert all(entry.name.split("/")[1] in ("adapter", "extras") for entry in record.entries)
+
+
+def test_a_run_that_nobody_begins_is_spoken_of_once(tiny_settings, tmp_path, monkeypatch):
+    folder = prepare(config.load(None, tiny_settings), tmp_path / "run")
+    folder.write_json(launch.STATUS, {"run": "run-1", "state": "submitted", "error": "", "notes": []})
+    monkeypatch.setattr(launch, "BEGIN", 0.0)
+    monkeypatch.setattr(launch, "LOOK", 0.01)
+    monkeypatch.setattr(launch, "ASK", 0.2)
+    notes = []
+
+    class Stage(Quiet):
+        def note(self, text):
+            notes.append(text)
+
+    def stop():
+        raise TrainingError("enough")
+
+    with pytest.raises(TrainingError, match="enough"):
+        launch._follow(folder, settings_of(folder, Patience()), Stage(), stop)
+    assert notes == [launch.NOT_BEGUN]

@@ -475,7 +475,8 @@ def deploy_test_keys(
         folder.mkdir(parents=True)
     except OSError as error:
         raise ArtifactError(f"{folder} is there already, or cannot be made: {error}") from None
-    write_authority(folder, tuple(host or ("localhost", "127.0.0.1")))
+    # Loopback always: Flower's process beside the SuperLink, which starts server processes, reaches it there.
+    write_authority(folder, tuple(dict.fromkeys([*(host or ()), "localhost", "127.0.0.1"])))
     for name in site:
         write_site_key(folder / name)
     print("\n".join(str(path) for path in sorted(folder.iterdir())))

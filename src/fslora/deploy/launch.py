@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 import uuid
@@ -26,6 +27,12 @@ LOOK = 0.5
 """Seconds between looks at the run folder."""
 ASK = 10.0
 """Seconds between questions whether all goes on: Flower's server process may have ended without a word."""
+BEGIN = 60.0
+"""Seconds after which a run that nobody has begun is spoken of."""
+NOT_BEGUN = (
+    "Flower has not begun this run yet. If no other run keeps it busy, see the SuperLink's own output: its helper "
+    "flower-superexec has to reach it by a name or address that is in the server's certificate"
+)
 
 
 def prepare(experiment: Experiment, path: Path) -> RunFolder:
@@ -114,7 +121,7 @@ def _follow(folder: RunFolder, settings: RunSettings, stage: Stage, check: Calla
     """Shows what happens in a run folder until the run has come to its end; asks now and then whether it goes on."""
     experiment = settings.parsed()
     with stage.rounds(experiment.method.name, folder.rounds_done, experiment.run.rounds, None) as watcher:
-        seen, told, asked = folder.rounds_done, 0, time.monotonic()
+        seen, told, asked, late = folder.rounds_done, 0, time.monotonic(), time.monotonic() + BEGIN
         while True:
             status = folder.read_json(STATUS) or {}
             for note in status.get("notes", [])[told:]:
@@ -128,6 +135,9 @@ def _follow(folder: RunFolder, settings: RunSettings, stage: Stage, check: Calla
                 return
             if status.get("state") == "failed":
                 raise TrainingError(f"the run has failed: {status['error']}")
+            if status.get("state") == "submitted" and time.monotonic() > late:
+                stage.note(NOT_BEGUN)
+                late = math.inf
             if time.monotonic() - asked > ASK:
                 check()
                 asked = time.monotonic()
