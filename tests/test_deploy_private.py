@@ -8,16 +8,18 @@ from collections.abc import Callable
 
 import pytest
 
+import fslora
 from fslora import config, runner
 from fslora.deploy import desk, serve
 from fslora.deploy.launch import local_sites, prepare, settings_of
-from fslora.deploy.letters import Hello, opened
+from fslora.deploy.letters import Hello, Member, opened
 from fslora.deploy.patience import Patience
+from fslora.deploy.roster import Roster
 from fslora.deploy.settings import RunSettings, SiteSettings, bytes_of
 from fslora.errors import ConfigError, DataError, FsloraError
 from fslora.footprint import resident
 from fslora.planning import largest_rank
-from fslora.prepare import Workshop
+from fslora.prepare import SERVER, Workshop
 from fslora.runfolder import RunFolder
 from kit import World, assert_same_world
 from test_run import Quiet
@@ -232,6 +234,30 @@ def test_a_site_whose_data_do_not_fit_says_so_at_hello(settings, dealt, at_sites
     run = at_sites([*items, "run.rounds=1"], files)
     assert any(reason in note for note in run.read_json("deployment.json")["notes"])
     assert not {0, 3} & set(run.metrics()[1]["clients"])
+
+
+def test_a_client_counts_for_no_more_examples_than_were_agreed_on(settings, dealt, at_sites):
+    items, files = private(settings, dealt)
+    items += ["run.rounds=1", "partition.max_examples=34"]
+    files[5].write_text(files[5].read_text() + "a dog,good,x\n" * 5)
+    run = at_sites(items, files)
+    assert any("client 5 has 35 usable" in note for note in run.read_json("deployment.json")["notes"])
+    assert set(run.metrics()[1]["clients"]) == {0, 2, 3}
+
+
+def test_a_site_that_states_more_examples_than_were_agreed_on_is_refused_by_the_server(settings, dealt):
+    items, _ = private(settings, dealt)
+    experiment = config.load(None, [*items, "partition.max_examples=34"])
+    roster = Roster(desk.WORKSHOP.federation(experiment, SERVER), "digest")
+    data = roster.federation.sites.partition.digest
+
+    def hello(examples):
+        member = Member(id=5, rank=1, examples=examples, held_out=6)
+        return Hello(site="east", version=fslora.__version__, experiment="digest", data=data, members=(member,))
+
+    roster.check(hello(28))
+    with pytest.raises(ConfigError, match=r"client 5 has 35 examples, and partition\.max_examples is 34"):
+        roster.check(hello(29))
 
 
 def test_files_and_clients_must_be_as_many(settings, dealt):

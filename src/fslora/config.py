@@ -258,12 +258,25 @@ class PartitionConfig(Section):
     )
     alpha: float = Field(0.5, gt=0, description="dirichlet: concentration; smaller is more skewed.")
     min_examples: int = Field(8, ge=1, description="Every client holds at least this many examples.")
+    max_examples: int = Field(
+        1_000_000,
+        ge=1,
+        le=10**9,
+        description="sites: a client whose site states more examples than this is refused. The server has only the "
+        "site's word for them, and with method.weighting 'examples' they are its weight.",
+    )
     holdout: float = Field(
         0.1,
         ge=0,
         lt=0.5,
         description="Share of each client's examples kept for its own test; min_examples comes first.",
     )
+
+    @model_validator(mode="after")
+    def _some_fit(self) -> Self:
+        if self.max_examples < self.min_examples:
+            raise ValueError(f"max_examples is {self.max_examples}, below min_examples, {self.min_examples}; raise it")
+        return self
 
 
 class FleetConfig(Section):

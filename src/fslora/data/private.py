@@ -74,7 +74,7 @@ def at_site(
         drawn: The partition's stream.
 
     Raises:
-        DataError: The source cannot be read, does not divide into that many clients, or one has too few examples.
+        DataError: The source cannot be read, does not divide into that many clients, or one has too few or too many.
     """
     config, clients, source = experiment.partition, sorted(members), experiment.data.source
     whole = _whole(experiment.data, source, load, rng)
@@ -85,6 +85,12 @@ def at_site(
         raise DataError(
             f"client {least} has {sizes[least]} usable examples in {source}, and partition.min_examples is "
             f"{config.min_examples}; give it more, or leave the client out"
+        )
+    most = max(clients, key=lambda client: sizes[client])
+    if sizes[most] > config.max_examples:
+        raise DataError(
+            f"client {most} has {sizes[most]} usable examples in {source}, and partition.max_examples is "
+            f"{config.max_examples}; leave some out, or have the experiment's number raised"
         )
     train, held = held_apart(owner, config, experiment.fleet.clients, drawn)
     dataset = replace(whole, validation=empty.validation, test=empty.test)

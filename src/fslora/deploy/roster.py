@@ -73,6 +73,12 @@ class Roster:
                 f"{said} rank {member.rank}, and the run knows it with rank {known.rank}; state that rank there (or "
                 "none, if it never stated one), or start a new run: ranks are settled before the first round"
             )
+        cap = self.federation.experiment.partition.max_examples
+        if self._private and member.examples + member.held_out > cap:
+            raise ConfigError(
+                f"{said} {member.examples + member.held_out} examples, and partition.max_examples is {cap}; leave some "
+                "out there, or agree on a higher number with all sites: it bounds what one client can count for"
+            )
         counts, there = (member.examples, member.held_out), (known.examples, held)
         if known.examples and counts != there:
             raise ConfigError(
