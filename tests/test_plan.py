@@ -13,10 +13,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fslora import config
+from fslora import config, runner
 from fslora.cli import app
 from fslora.console import Silent
+from fslora.data.batches import Encoded
 from fslora.data.types import Examples
+from fslora.engine import cohort
+from fslora.engine.cohort import concatenated, tokens_of
 from fslora.errors import ModelError
 from fslora.footprint import StorageTracker, fused_attention, loading_bytes, local_step
 from fslora.methods import METHODS
@@ -30,6 +33,8 @@ from fslora.rng import Rng
 from fslora.runfolder import RunFolder
 from fslora.simulate import Simulation
 from fslora.types import Start
+from fslora.workload import Shapes, Workload, outlined
+from test_run import Quiet
 
 ROOT = Path(__file__).resolve().parents[1]
 LABELS = ("no", "yes", "maybe")
@@ -228,6 +233,48 @@ def test_worker_processes_are_planned_for(tiny_settings):
     args = [part for item in [*items, "engine.workers=2"] for part in ("--set", item)]
     result = CliRunner().invoke(app, ["plan", *args], env={"COLUMNS": "120"})
     assert "2 of them beside this one" in result.output
+
+
+@pytest.mark.parametrize("where", ["server", "clients"])
+def test_shapes_that_are_planned_are_those_of_the_run(tiny_settings, tmp_path, monkeypatch, pageless, where):
+    """Every one makes the processor's library keep kernels."""
+    trained, scored = set(), {"baseline": set(), "rounds": set(), "ends": set()}
+    phase = "baseline"
+
+    def joined(own, *args):
+        batch = concatenated(own, *args)
+        trained.add((len(batch["labels"]), len(own), tokens_of(batch)))
+        return batch
+
+    def evaluated(data, *args):
+        for index, batch in own_batches(data, *args):
+            scored[phase].add((len(index), tokens_of(batch)))
+            yield index, batch
+
+    def within(name, function):
+        def run(*args, **kwargs):
+            nonlocal phase
+            before, phase = phase, name
+            try:
+                return function(*args, **kwargs)
+            finally:
+                phase = before
+
+        return run
+
+    own_batches = Encoded.evaluated
+    monkeypatch.setattr(cohort, "concatenated", joined)
+    monkeypatch.setattr(Encoded, "evaluated", evaluated)
+    monkeypatch.setattr(Simulation, "run", within("rounds", Simulation.run))
+    monkeypatch.setattr(runner, "_finish", within("ends", runner._finish))
+    monkeypatch.setattr(runner.Untrained, "of", within("ends", runner.Untrained.of))
+    experiment = config.load(None, [*tiny_settings, "variants={}", f"run.eval_on={where}"])
+    runner.start(experiment, tmp_path / "run", Quiet())
+    federation, _, _ = outlined(experiment, with_data=True)
+    planned = Workload(federation).shapes(experiment.engine.together)
+    rounds, ends = scored["rounds"], scored["ends"]
+    assert min(map(len, (trained, rounds, ends))) > 0
+    assert planned == Shapes(len(trained), len(rounds), len(ends - rounds), len(scored["baseline"] - rounds - ends))
 
 
 def measured_and_planned(settings: list[str], folder: Path, *recipe: str) -> tuple[int, int]:

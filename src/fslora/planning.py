@@ -24,6 +24,7 @@ from rich.text import Text
 from fslora.config import Experiment
 from fslora.cost import operations
 from fslora.errors import ConfigError
+from fslora.evaluate import untrained
 from fslora.fleet import Fleet
 from fslora.footprint import (
     KEPT_KERNELS,
@@ -329,40 +330,39 @@ def _compute(planned: Planned) -> Section:
 
 
 def _evaluation_operations(planned: Planned) -> float:
-    """Forward passes: validation as often as configured, test and held-out examples before and after."""
-    federation, run, base = planned.federation, planned.experiment.run, planned.base
-    scored = 1 + -(-run.rounds // run.eval_every)
-    held = federation.sites.partition.holdout.flat
-    own = int(federation.train.lengths[held].sum()) if len(held) else 0
-    tested = sum(int(split.lengths.sum()) if len(split) else 0 for split in (federation.test,)) + own
-    validated = int(federation.validation.lengths.sum()) if len(federation.validation) else 0
-    return 2.0 * (base.linear_parameters + base.output_parameters) * (scored * validated + 2 * tested)
+    """Forward passes: what is scored between rounds as often as configured, and the rest before and after."""
+    run, base = planned.experiment.run, planned.base
+    often, once = (sum(int(data.lengths[own].sum()) for data, own in part) for part in planned.work.scored)
+    times = 1 + -(-run.rounds // run.eval_every)
+    return 2.0 * (base.linear_parameters + base.output_parameters) * (times * often + 2 * once)
 
 
 def _memory(planned: Planned) -> Section:
     model, base = planned.experiment.model, planned.base
     step = _tracked(planned, planned.work.heaviest(planned.experiment.engine.together))
-    evaluation = _evaluated(planned)
+    evaluation, bare = _evaluated(planned)
     weights, server = weight_bytes(base, model.quantize), _server_bytes(planned)
     loading = _loading_bytes(planned, weights)
     trains, evaluates = step.trained + step.activations, evaluation.activations
     on_gpu = planned.device.type == "cuda"
-    kernels = planned.kernel * _kernels(planned, step, evaluation)
+    training, finished = (planned.kernel * count for count in _kernels(planned, step, evaluation, bare))
 
-    kept = planned.resident + kernels + (0 if on_gpu else weights)
-
-    def gaps(held: int) -> int:
-        """What freed pieces between others come to, before they are given back."""
-        return min(held, int((Heap.GROWTH - 1) * (kept + held)))
-
-    def peak(messages: int, tensors: int) -> int:
-        """Of one process with a base, and with these beside it."""
+    def libraries(messages: int, tensors: int, kernels: int) -> int:
+        """Kernels, and what freed pieces between others come to before they are given back."""
         held = messages + (0 if on_gpu else tensors)
-        return max(planned.resident + loading, kept + held + gaps(held))
+        kept = planned.resident + kernels + (0 if on_gpu else weights)
+        return kernels + min(held, int((Heap.GROWTH - 1) * (kept + held)))
+
+    def peak(messages: int, tensors: int, kernels: int) -> int:
+        """Of one process with a base, and with these beside it."""
+        held = messages + (0 if on_gpu else weights + tensors)
+        return planned.resident + max(loading, held + libraries(messages, tensors, kernels))
 
     workers = planned.workers
-    together = max(trains, evaluates)
-    worker = peak(_message_bytes(planned), trains) if workers else None
+    last = server, evaluates, finished
+    moments = [last] if workers else [last, (server, trains, training)]
+    fullest = max(moments, key=lambda moment: peak(*moment))
+    worker = peak(_message_bytes(planned), trains, training) if workers else 0
     return {
         "process": planned.resident,
         "weights": weights,
@@ -371,11 +371,11 @@ def _memory(planned: Planned) -> Section:
         "trained": step.trained,
         "activations": step.activations,
         "evaluation": evaluates,
-        "libraries": gaps(server + (0 if on_gpu else together)) + kernels,
+        "libraries": libraries(*fullest),
         "chunk": min(planned.experiment.engine.together, len(planned.work.cohorts[0])),
         "workers": len(workers),
-        "worker": worker,
-        "peak": peak(server, evaluates) + len(workers) * worker if worker else peak(server, together),
+        "worker": worker or None,
+        "peak": peak(*fullest) + len(workers) * worker,
         "gpu_peak": _gpu_peak(workers, weights, trains, evaluates) if on_gpu else None,
         "machine": dict(machine_memory()),
     }
@@ -389,25 +389,29 @@ def _gpu_peak(workers: Sequence[str], weights: int, trains: int, evaluates: int)
     return CUDA_CONTEXT + weights + evaluates + beside * (CUDA_CONTEXT + weights + trains)
 
 
-def _kernels(planned: Planned, step: Tracked, evaluation: Tracked) -> int:
-    """How many kernels, made for one shape each, the processor's library will come to keep."""
+def _kernels(planned: Planned, step: Tracked, evaluation: Tracked, bare: Tracked) -> tuple[int, int]:
+    """How many kernels, made for one shape each, the processor's library keeps: while a run trains, and at its end."""
     if not planned.kernel:
-        return 0
+        return 0, 0
     work, chunk = planned.work, planned.experiment.engine.together
-    passes, batches = work.shapes(chunk)
+    shapes = work.shapes(chunk)
     # Those of a head that reads one position of a text are the same at any width.
-    same = step.products & _tracked(planned, work.lightest(chunk)).products if passes > 1 else frozenset()
-    different = passes * len(step.products - same) + batches * len(evaluation.products)
-    return min(KEPT_KERNELS, len(same) + different)
+    same = step.products & _tracked(planned, work.lightest(chunk)).products if shapes.passes > 1 else frozenset()
+    frozen, adapted = len(bare.products), len(evaluation.products)
+    training = len(same) + shapes.passes * len(step.products - same)
+    training += shapes.during * adapted + (shapes.after + shapes.baseline) * frozen
+    return min(KEPT_KERNELS, training), min(KEPT_KERNELS, training + shapes.after * max(0, adapted - frozen))
 
 
-def _evaluated(planned: Planned) -> Tracked:
+def _evaluated(planned: Planned) -> tuple[Tracked, Tracked]:
+    """The largest batch of an evaluation: with an adapter, and before any training."""
     batch = planned.work.heaviest_evaluation()
     if batch is None:
-        return Tracked(0, 0, frozenset())
+        return Tracked(0, 0, frozenset()), Tracked(0, 0, frozenset())
     federation = planned.federation
     template = federation.template
-    return evaluation_step(planned.base, initial_adapter(template, template.rank, federation.rng), batch)
+    adapter = initial_adapter(template, template.rank, federation.rng)
+    return evaluation_step(planned.base, adapter, batch), evaluation_step(planned.base, untrained(federation), batch)
 
 
 def _tracked(planned: Planned, parts: Sequence[np.ndarray]) -> Tracked:

@@ -42,6 +42,8 @@ from fslora.types import Batch, Client
 
 Certainty = Literal["counted", "estimated", "assumed"]
 CHARACTERS_PER_TOKEN = 4
+Chosen = tuple[Encoded, np.ndarray]
+"""Data, and which of its examples [n]."""
 CLIENT_ROUNDS = 4000
 """So many draws of clients are looked at; of longer runs, the first rounds."""
 
@@ -157,6 +159,20 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class Shapes:
+    """How many differently shaped passes and batches a run has."""
+
+    passes: int
+    """Of training."""
+    during: int
+    """Batches of evaluations between rounds."""
+    after: int
+    """Further batches that are evaluated before the first round and after the last one alone."""
+    baseline: int
+    """Further batches that only the linear head's features are computed on: the base without an adapter."""
+
+
+@dataclass(frozen=True)
 class Workload:
     """Every batch of a federation's run."""
 
@@ -232,16 +248,30 @@ class Workload:
     def _longest(self, parts: Sequence[np.ndarray]) -> list[int]:
         return [int(self.lengths[part].max()) for part in parts]
 
-    def shapes(self, chunk: int) -> tuple[int, int]:
-        """Returns how many differently shaped passes and evaluation batches a run has (evaluations, baseline)."""
+    def shapes(self, chunk: int) -> Shapes:
+        """Returns how many differently shaped passes and evaluation batches a run has."""
         different = {self._shape(own) for parts in self._steps(chunk) for own in self._passes(parts)}
+        often, once = map(self._batches, self.scored)
+        train, run = self.federation.train, self.federation.experiment.run
+        linear = self.federation.sites.dataset.kind == "classes" and run.eval_on == "server"
+        baseline = self._batches([(train, np.arange(min(len(train), MOST_TRAINING_EXAMPLES)))] if linear else [])
+        return Shapes(len(different), len(often), len(once - often), len(baseline - often - once))
+
+    @cached_property
+    def scored(self) -> tuple[list[Chosen], list[Chosen]]:
+        """What evaluations between rounds score, and what those at the run's two ends score beside it."""
         federation = self.federation
-        held = federation.sites.partition.holdout.flat
-        splits = [federation.validation.lengths, federation.test.lengths, self.lengths[held]]
-        if federation.sites.dataset.kind == "classes":
-            splits.append(self.lengths[:MOST_TRAINING_EXAMPLES])
-        batches = {(len(index), width) for lengths in splits for index, width in by_length(lengths, self._most())}
-        return len(different), len(batches)
+        held = [(federation.train, federation.sites.partition.holdout.flat)]
+        if federation.experiment.run.eval_on == "clients":
+            return held, []
+        validation, test = ((split, np.arange(len(split))) for split in (federation.validation, federation.test))
+        return [validation], [test, *held]
+
+    def _batches(self, chosen: Sequence[Chosen]) -> set[tuple[int, int]]:
+        """The shapes of evaluation batches, each of so many texts and so wide."""
+        return {
+            (len(index), width) for data, own in chosen for index, width in by_length(data.lengths[own], self._most())
+        }
 
     def _most(self) -> int:
         """Tokens of an evaluation's batch."""
@@ -252,15 +282,15 @@ class Workload:
 
     def heaviest_evaluation(self) -> Batch | None:
         """Returns the batch of an evaluation that takes most memory; None where nothing is held out."""
-        federation = self.federation
+        base = self.federation.base
         best: tuple[float, Encoded, np.ndarray, int] | None = None
-        for split in (federation.validation, federation.test):
-            lengths, written = split.lengths, predicted(split)
+        for split, own in [part for parts in self.scored for part in parts]:
+            lengths, written = split.lengths[own], predicted(split)[own]
             for index, width in by_length(lengths, self._most()):
-                weight = len(index) * float(width) * _width(federation.base)
-                weight += float(written[index].sum()) * _logits(federation.base)
+                weight = len(index) * float(width) * _width(base)
+                weight += float(written[index].sum()) * _logits(base)
                 if best is None or weight >= best[0]:
-                    best = weight, split, index, width
+                    best = weight, split, own[index], width
         return None if best is None else padded(best[1].batch(best[2]), best[3], best[1].pad_id)
 
 
