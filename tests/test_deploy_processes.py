@@ -179,6 +179,24 @@ def test_a_killed_superlink_loses_nothing(settings, tmp_path, nothing_left):
     same_state(run.folder, simulated(run.folder, tmp_path / "simulated"))
 
 
+def test_a_killed_command_leaves_no_process(settings, tmp_path):
+    items = [word for item in settings for word in ("--set", item)]
+    path = tmp_path / "run"
+    words = [*FSLORA, "deploy", "local", *items, "--sites", "2", "--out", str(path), "--quiet"]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as command:
+        end = time.monotonic() + BUSY
+        while not (path / "metrics.jsonl").is_file():
+            assert time.monotonic() < end
+            assert command.poll() is None
+            time.sleep(0.1)
+        assert len(processes(tmp_path)) > 4
+        command.kill()
+    end = time.monotonic() + 20
+    while left := processes(tmp_path):
+        assert time.monotonic() < end, left
+        time.sleep(0.1)
+
+
 def test_answers_that_come_again_change_nothing(settings, tmp_path, nothing_left, monkeypatch):
     """Both sites send each answer twice, and once more after their next one."""
     repeated = tmp_path / "repeated"

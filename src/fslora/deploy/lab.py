@@ -1,12 +1,11 @@
 """A whole federation on this machine: a SuperLink and SuperNodes as processes of their own, on the loopback interface.
 
 Each starts further processes in sessions of their own, which may outlive it: they are found as its children, or by the
-folder that they were told to keep their files in.
+folder that they were told to keep their files in. A keeper does so where this process is killed.
 """
 
 from __future__ import annotations
 
-import shutil
 import signal
 import socket
 import ssl
@@ -24,9 +23,10 @@ import psutil
 import tomlkit
 
 from fslora.deploy.bundle import command, environment, flwr
+from fslora.deploy.keeper import sweep
 from fslora.deploy.settings import SiteSettings
 from fslora.errors import TrainingError
-from fslora.processes import THREADS, threads_each
+from fslora.processes import THREADS, Child, threads_each
 
 CONNECTION = "lab"
 HOST = "127.0.0.1"
@@ -47,6 +47,7 @@ class Lab:
         self.secure = secure
         self.home = Path()
         self.port = 0
+        self.keeper: Child | None = None
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         """By name: 'superlink', and the sites'."""
 
@@ -54,6 +55,9 @@ class Lab:
         self.logs.mkdir(parents=True, exist_ok=True)
         self.home = Path(tempfile.mkdtemp(prefix="fslora-lab-"))
         try:
+            self.keeper = Child.start("fslora.deploy.keeper", 1)
+            self.keeper.requests.write(str(self.home).encode())
+            self.keeper.requests.flush()
             self._start_server()
             for name in self.sites:
                 self._register(name)
@@ -72,14 +76,9 @@ class Lab:
         """Ends every process, sites first, and removes what they kept for themselves."""
         for name in [*(name for name in self.processes if name != "superlink"), "superlink"]:
             self.stop(name)
-        killed = []
-        for process in psutil.process_iter():
-            with suppress(psutil.Error):
-                if process.environ().get("FLWR_HOME") == str(self.home):
-                    process.kill()
-                    killed.append(process)
-        psutil.wait_procs(killed, timeout=10)
-        shutil.rmtree(self.home, ignore_errors=True)
+        sweep(self.home)
+        if self.keeper:
+            self.keeper.stop()
 
     def start_site(self, name: str) -> None:
         """Starts a site's SuperNode; it comes back under its own name."""
