@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -23,6 +27,7 @@ from fslora.deploy.messages import from_flower, to_flower
 from fslora.deploy.patience import Patience
 from fslora.deploy.records import to_payload, to_record
 from fslora.errors import ConfigError, TrainingError, WireError
+from fslora.processes import Child
 from fslora.runfolder import RunFolder
 from fslora.wire import Payload
 from kit import World, assert_same_world
@@ -264,3 +269,26 @@ def test_a_run_that_nobody_begins_is_spoken_of_once(tiny_settings, tmp_path, mon
     with pytest.raises(TrainingError, match="enough"):
         launch._follow(folder, settings_of(folder, Patience()), Stage(), stop)
     assert notes == [launch.NOT_BEGUN]
+
+
+def test_a_keeper_ends_what_worked_in_a_folder_and_touches_nothing_else(tmp_path, monkeypatch):
+    lab, other = tmp_path / "lab", tmp_path / "other"
+    lab.mkdir()
+    other.mkdir()
+    monkeypatch.chdir(other)
+    (other / "kept").touch()
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    homes = {home: subprocess.Popen(sleep, env={**os.environ, "FLWR_HOME": str(home)}) for home in (lab, other)}
+    keeper = Child.start("fslora.deploy.keeper", 1, str(lab))
+    try:
+        keeper.requests.close()
+        assert keeper.process.wait(30) == 0
+        assert homes[lab].wait(30) == -signal.SIGKILL
+        assert homes[other].poll() is None
+        assert not lab.exists()
+        assert (other / "kept").exists()
+    finally:
+        keeper.stop()
+        for process in homes.values():
+            process.kill()
+            process.wait()

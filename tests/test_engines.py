@@ -52,13 +52,9 @@ def test_passes_take_every_client_once_and_those_of_one_length_together(widths, 
     if most is None:
         assert len(found) == 1
     elif 2 * tokens <= 3 * most:
-        assert padded <= PASS_COST + tokens_padded(size, widths)
+        assert padded <= PASS_COST + size * len(widths) * max(widths)
     else:
         assert len(found) == len(widths) or tokens / len(found) <= 2 * 1.5 * most
-
-
-def tokens_padded(size, widths) -> int:
-    return size * len(widths) * max(widths)
 
 
 def test_short_texts_are_not_padded_to_a_long_one_where_that_costs_more_than_a_pass():

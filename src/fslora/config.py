@@ -29,6 +29,8 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
 
 
+MOST_EXAMPLES = 10**9
+"""Of one client: beyond that, a number is no number of examples."""
 BUDGETS = ("max_bytes", "max_flops", "max_seconds")
 """Keys of [run] that end a run before its last round; the learning rate then falls over the budget."""
 
@@ -261,7 +263,7 @@ class PartitionConfig(Section):
     max_examples: int = Field(
         1_000_000,
         ge=1,
-        le=10**9,
+        le=MOST_EXAMPLES,
         description="sites: a client whose site states more examples than this is refused. The server has only the "
         "site's word for them, and with method.weighting 'examples' they are its weight.",
     )

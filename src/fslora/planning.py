@@ -45,6 +45,7 @@ from fslora.report.text import byte_text, count, counted, duration, percent
 from fslora.report.text import operations as flop_text
 from fslora.rounds import wire_of
 from fslora.traffic import Exchange, Rehearsal, rehearse
+from fslora.types import Adapter, Batch
 from fslora.workload import Certainty, Workload, outlined
 
 EFFICIENCY = 0.4
@@ -340,12 +341,13 @@ def _evaluation_operations(planned: Planned) -> float:
 def _memory(planned: Planned) -> Section:
     model, base = planned.experiment.model, planned.base
     step = _tracked(planned, planned.work.heaviest(planned.experiment.engine.together))
-    evaluation, bare = _evaluated(planned)
+    batch, template = planned.work.heaviest_evaluation(), planned.federation.template
+    evaluation = _evaluated(planned, initial_adapter(template, template.rank, planned.federation.rng), batch)
     weights, server = weight_bytes(base, model.quantize), _server_bytes(planned)
     loading = _loading_bytes(planned, weights)
     trains, evaluates = step.trained + step.activations, evaluation.activations
     on_gpu = planned.device.type == "cuda"
-    training, finished = (planned.kernel * count for count in _kernels(planned, step, evaluation, bare))
+    training, finished = (planned.kernel * count for count in _kernels(planned, step, evaluation, batch))
 
     def libraries(messages: int, tensors: int, kernels: int) -> int:
         """Kernels, and what freed pieces between others come to before they are given back."""
@@ -389,7 +391,7 @@ def _gpu_peak(workers: Sequence[str], weights: int, trains: int, evaluates: int)
     return CUDA_CONTEXT + weights + evaluates + beside * (CUDA_CONTEXT + weights + trains)
 
 
-def _kernels(planned: Planned, step: Tracked, evaluation: Tracked, bare: Tracked) -> tuple[int, int]:
+def _kernels(planned: Planned, step: Tracked, evaluation: Tracked, batch: Batch | None) -> tuple[int, int]:
     """How many kernels, made for one shape each, the processor's library keeps: while a run trains, and at its end."""
     if not planned.kernel:
         return 0, 0
@@ -397,21 +399,15 @@ def _kernels(planned: Planned, step: Tracked, evaluation: Tracked, bare: Tracked
     shapes = work.shapes(chunk)
     # Those of a head that reads one position of a text are the same at any width.
     same = step.products & _tracked(planned, work.lightest(chunk)).products if shapes.passes > 1 else frozenset()
-    frozen, adapted = len(bare.products), len(evaluation.products)
+    frozen = len(_evaluated(planned, untrained(planned.federation), batch).products)
+    adapted = len(evaluation.products)
     training = len(same) + shapes.passes * len(step.products - same)
     training += shapes.during * adapted + (shapes.after + shapes.baseline) * frozen
     return min(KEPT_KERNELS, training), min(KEPT_KERNELS, training + shapes.after * max(0, adapted - frozen))
 
 
-def _evaluated(planned: Planned) -> tuple[Tracked, Tracked]:
-    """The largest batch of an evaluation: with an adapter, and before any training."""
-    batch = planned.work.heaviest_evaluation()
-    if batch is None:
-        return Tracked(0, 0, frozenset()), Tracked(0, 0, frozenset())
-    federation = planned.federation
-    template = federation.template
-    adapter = initial_adapter(template, template.rank, federation.rng)
-    return evaluation_step(planned.base, adapter, batch), evaluation_step(planned.base, untrained(federation), batch)
+def _evaluated(planned: Planned, adapter: Adapter, batch: Batch | None) -> Tracked:
+    return Tracked(0, 0, frozenset()) if batch is None else evaluation_step(planned.base, adapter, batch)
 
 
 def _tracked(planned: Planned, parts: Sequence[np.ndarray]) -> Tracked:

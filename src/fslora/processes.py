@@ -29,14 +29,14 @@ class Child:
     complaints: IO[bytes]
 
     @classmethod
-    def start(cls, module: str, threads: int) -> Self:
-        """Returns a new process that runs a module's ``main``.
+    def start(cls, module: str, threads: int, *words: str) -> Self:
+        """Returns a new process that runs a module's ``main``, with these words in ``sys.argv``.
 
         It has a session of its own: a terminal's Ctrl-C is for the parent alone.
         """
         complaints = tempfile.TemporaryFile()  # noqa: SIM115 (closed by stop)
         process = subprocess.Popen(
-            [sys.executable, "-c", f"from {module} import main; main()"],
+            [sys.executable, "-c", f"from {module} import main; main()", *words],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=complaints,

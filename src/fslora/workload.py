@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from typing import Literal
 
 import numpy as np
@@ -186,7 +187,7 @@ class Workload:
     @cached_property
     def predicted(self) -> np.ndarray:
         """Tokens to be predicted per training example, [n]; 0 where examples are."""
-        return predicted(self.federation.train)
+        return predicted(self.federation.train, np.arange(len(self.federation.train)))
 
     @cached_property
     def cohorts(self) -> list[tuple[Client, ...]]:
@@ -284,8 +285,8 @@ class Workload:
         """Returns the batch of an evaluation that takes most memory; None where nothing is held out."""
         base = self.federation.base
         best: tuple[float, Encoded, np.ndarray, int] | None = None
-        for split, own in [part for parts in self.scored for part in parts]:
-            lengths, written = split.lengths[own], predicted(split)[own]
+        for split, own in chain.from_iterable(self.scored):
+            lengths, written = split.lengths[own], predicted(split, own)
             for index, width in by_length(lengths, self._most()):
                 weight = len(index) * float(width) * _width(base)
                 weight += float(written[index].sum()) * _logits(base)
@@ -294,12 +295,12 @@ class Workload:
         return None if best is None else padded(best[1].batch(best[2]), best[3], best[1].pad_id)
 
 
-def predicted(data: Encoded) -> np.ndarray:
-    """Returns the number of tokens to predict in each example, [n]; 0 where the examples themselves are."""
+def predicted(data: Encoded, index: np.ndarray) -> np.ndarray:
+    """Returns the number of tokens to predict in each of these examples, [n]; 0 where the examples themselves are."""
     labels = data.fields.get("token_labels")
     if labels is None:
-        return np.zeros(len(data), dtype=np.int64)
-    return np.array([len(row) - Counter(row)[IGNORED] for row in labels], dtype=np.int64)
+        return np.zeros(len(index), dtype=np.int64)
+    return np.array([len(labels[i]) - Counter(labels[i])[IGNORED] for i in index], dtype=np.int64)
 
 
 def _width(base: Base) -> float:

@@ -1,6 +1,7 @@
 """A process beside a lab, which outlives it: once the lab's own is gone, however it went, it ends what that started.
 
-It is told the lab's folder, and waits for its pipe to close, which the system does for a process that was killed too.
+It is told the lab's folder when it starts, and waits for its pipe to close, which the system does for a process that
+was killed too.
 """
 
 from __future__ import annotations
@@ -26,5 +27,6 @@ def sweep(home: Path) -> None:
 
 
 def main() -> None:
-    """Waits for the end of its input, which is the folder's path."""
-    sweep(Path(sys.stdin.read()))
+    """Waits for the end of its input, and clears up the folder that it was given."""
+    sys.stdin.read()
+    sweep(Path(sys.argv[1]))

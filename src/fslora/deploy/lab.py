@@ -55,9 +55,7 @@ class Lab:
         self.logs.mkdir(parents=True, exist_ok=True)
         self.home = Path(tempfile.mkdtemp(prefix="fslora-lab-"))
         try:
-            self.keeper = Child.start("fslora.deploy.keeper", 1)
-            self.keeper.requests.write(str(self.home).encode())
-            self.keeper.requests.flush()
+            self.keeper = Child.start("fslora.deploy.keeper", 1, str(self.home))
             self._start_server()
             for name in self.sites:
                 self._register(name)

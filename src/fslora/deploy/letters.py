@@ -11,6 +11,7 @@ from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
+from fslora.config import MOST_EXAMPLES
 from fslora.deploy.envelope import Entry, Record
 from fslora.deploy.records import Limits, to_payload, to_record
 from fslora.errors import WireError
@@ -23,10 +24,6 @@ class _Part(BaseModel):
 
 Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 """Of a run or a site: it may become the name of a folder."""
-
-
-MOST_EXAMPLES = 10**9
-"""Of one client: beyond that, a number is no number of examples."""
 
 
 class Order(_Part):
